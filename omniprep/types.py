@@ -187,6 +187,8 @@ class EncodedSample:
     audio: tuple[EncodedAudio, ...] = ()
     vision: tuple[EncodedVision, ...] = ()
     rope_mode: RopeMode = "aligned"
+    id: str = ""
+    """The user's own id, if the record has one; `key` is unique in a dataset, this need not be."""
     source: str = ""
     """Name of the source in the recipe."""
     row: int = -1
