@@ -1,0 +1,1 @@
+"""Records with their media to encoded samples."""

@@ -1,0 +1,1 @@
+"""Text and placeholders to token ids, labels and TMRoPE positions, together."""

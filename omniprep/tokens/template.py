@@ -1,0 +1,197 @@
+"""ChatML: a conversation becomes pieces of text, control tokens and media places, each with its supervision.
+
+The rendering is the reference's chat template, written as pieces instead of a string: nothing is searched or replaced
+afterwards. The loss mask is written in the same step: an assistant turn's content and its `<|im_end|>` are supervised,
+headers, other roles and media places are not; `loss` of a message or of a text part overrides this.
+
+Tools follow Qwen2.5's own template (the Omni template has none): signatures in the system turn, calls as
+`<tool_call>` blocks, results as `<tool_response>` blocks in a user turn.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from omniprep.config import Config
+from omniprep.profile import QWEN2_5_OMNI, ModelProfile
+from omniprep.records import Document, MediaPart, Message, Part, TextPart, ToolCall
+from omniprep.tokens.vocab import TextPolicy
+
+
+class TemplateConfig(Config):
+    """How conversations are rendered."""
+
+    system_prompt: str | None = None
+    """Used when a conversation does not begin with a system turn; null: the model's default."""
+    text_policy: TextPolicy = "literal"
+    """What a control token's string in user text becomes: ordinary text, a rejection, or (`allow`) that control token."""
+    add_vision_id: bool = False
+    """Write "Picture 1: ", "Video 1: " before the media, as the reference's template can."""
+    add_audio_id: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TextPiece:
+    """Text to encode. `constant` marks strings of the template itself, which are never user text."""
+
+    text: str
+    supervised: bool = False
+    constant: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ControlPiece:
+    """One control token."""
+
+    token_id: int
+    supervised: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MediaPiece:
+    """The place of a media part; its tokens come from the layout."""
+
+    part: MediaPart
+
+
+Piece = TextPiece | ControlPiece | MediaPiece
+
+
+class _MediaCount:
+    """Counts media over a conversation for "Picture n: "."""
+
+    def __init__(self, config: TemplateConfig) -> None:
+        self._wanted = {"image": config.add_vision_id, "video": config.add_vision_id, "audio": config.add_audio_id}
+        self._names = {"image": "Picture", "video": "Video", "audio": "Audio"}
+        self._counts = {"image": 0, "video": 0, "audio": 0}
+
+    def prefix(self, kind: str) -> str:
+        self._counts[kind] += 1
+        return f"{self._names[kind]} {self._counts[kind]}: " if self._wanted[kind] else ""
+
+
+class ChatTemplate:
+    """Renders messages into pieces."""
+
+    def __init__(self, config: TemplateConfig, profile: ModelProfile = QWEN2_5_OMNI) -> None:
+        self.config = config
+        self.profile = profile
+
+    def conversation(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+    ) -> list[Piece]:
+        """Return the pieces of a dialogue; a system turn is put first if there is none."""
+        count = _MediaCount(self.config)
+        pieces: list[Piece] = []
+        rest = list(messages)
+        if tools or rest[0].role != "system":
+            given = rest.pop(0) if rest[0].role == "system" else None
+            pieces += self._system_turn(given, tools or (), count)
+        pieces += self._turns(rest, count)
+        if add_generation_prompt:
+            pieces += self.open_turn("assistant")
+        return pieces
+
+    def reply(self, messages: Sequence[Message]) -> list[Piece]:
+        """Return the pieces of the turns that answer a prompt (a preference's chosen or rejected side)."""
+        return list(self._turns(messages, _MediaCount(self.config)))
+
+    def document(self, document: Document) -> list[Piece]:
+        """Return the pieces of a document: its parts without turns, closed by `<|endoftext|>`, which is supervised."""
+        pieces: list[Piece] = list(self._content(document.parts, True, _MediaCount(self.config)))
+        pieces.append(ControlPiece(self.profile.special.endoftext, True))
+        return pieces
+
+    def open_turn(self, role: str) -> list[Piece]:
+        """Return the header of a turn."""
+        return [ControlPiece(self.profile.special.im_start), TextPiece(f"{role}\n", constant=True)]
+
+    def _close_turn(self, supervised: bool) -> list[Piece]:
+        return [ControlPiece(self.profile.special.im_end, supervised), TextPiece("\n", constant=True)]
+
+    def _system_turn(self, given: Message | None, tools: Sequence[dict[str, Any]], count: _MediaCount) -> Iterator[Piece]:
+        supervised = bool(given.loss) if given is not None else False
+        yield from self.open_turn("system")
+        if given is not None:
+            yield from self._content(given.content, supervised, count)
+        elif self.config.system_prompt is None:
+            yield TextPiece(self.profile.default_system_prompt, constant=True)
+        elif self.config.system_prompt:
+            yield TextPiece(self.config.system_prompt)
+        if tools:
+            yield from self._tool_signatures(tools, supervised)
+        yield from self._close_turn(supervised)
+
+    def _turns(self, messages: Sequence[Message], count: _MediaCount) -> Iterator[Piece]:
+        for index, message in enumerate(messages):
+            if message.role == "tool":
+                first = index == 0 or messages[index - 1].role != "tool"
+                last = index + 1 == len(messages) or messages[index + 1].role != "tool"
+                yield from self._tool_response(message, count, first=first, last=last)
+                continue
+            supervised = message.role == "assistant" if message.loss is None else message.loss
+            yield from self.open_turn(message.role)
+            yield from self._content(message.content, supervised, count)
+            for number, call in enumerate(message.tool_calls):
+                yield from self._tool_call(call, supervised, newline=number > 0 or bool(message.content))
+            yield from self._close_turn(supervised)
+
+    def _content(self, parts: Sequence[Part], supervised: bool, count: _MediaCount) -> Iterator[Piece]:
+        for part in parts:
+            if isinstance(part, TextPart):
+                if part.text:
+                    yield TextPiece(part.text, supervised if part.loss is None else part.loss)
+                continue
+            prefix = count.prefix(part.type)
+            if prefix:
+                yield TextPiece(prefix, supervised)
+            yield MediaPiece(part)
+
+    def _tool_signatures(self, tools: Sequence[dict[str, Any]], supervised: bool) -> Iterator[Piece]:
+        special = self.profile.special
+        yield TextPiece(
+            "\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+            "You are provided with function signatures within <tools></tools> XML tags:\n<tools>",
+            supervised,
+        )
+        for tool in tools:
+            yield TextPiece("\n" + _json(tool), supervised)
+        yield TextPiece(
+            "\n</tools>\n\nFor each function call, return a json object with function name and arguments within ", supervised
+        )
+        yield ControlPiece(special.tool_call, supervised)
+        yield ControlPiece(special.tool_call_end, supervised)
+        yield TextPiece(" XML tags:\n", supervised)
+        yield ControlPiece(special.tool_call, supervised)
+        yield TextPiece('\n{"name": <function-name>, "arguments": <args-json-object>}\n', supervised)
+        yield ControlPiece(special.tool_call_end, supervised)
+
+    def _tool_call(self, call: ToolCall, supervised: bool, *, newline: bool) -> Iterator[Piece]:
+        special = self.profile.special
+        arguments = call.function.arguments
+        text = arguments if isinstance(arguments, str) else _json(arguments)
+        if newline:
+            yield TextPiece("\n", supervised)
+        yield ControlPiece(special.tool_call, supervised)
+        yield TextPiece(f'\n{{"name": {_json(call.function.name)}, "arguments": {text}}}\n', supervised)
+        yield ControlPiece(special.tool_call_end, supervised)
+
+    def _tool_response(self, message: Message, count: _MediaCount, *, first: bool, last: bool) -> Iterator[Piece]:
+        supervised = bool(message.loss)
+        if first:
+            yield ControlPiece(self.profile.special.im_start)
+            yield TextPiece("user", constant=True)
+        yield TextPiece("\n<tool_response>\n", supervised)
+        yield from self._content(message.content, supervised, count)
+        yield TextPiece("\n</tool_response>", supervised)
+        if last:
+            yield from self._close_turn(supervised)
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
