@@ -1,0 +1,1 @@
+"""A generic map over partitions: in this process, or on Ray."""

@@ -1,0 +1,1 @@
+"""Datasets on disk: shards, their index, the manifest and the quarantine."""
