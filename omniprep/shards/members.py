@@ -269,6 +269,7 @@ def _vision_facts(vision: Sequence[EncodedVision]) -> list[dict[str, Any]]:
                 "frame_sizes": sizes,
                 "source": item.source,
                 "audio_index": item.audio_index,
+                "video_second_per_grid": item.second_per_grid,
                 "timing": _timing_facts(item.timing),
             }
         )
@@ -282,8 +283,6 @@ def _timing_facts(timing: VideoTiming | None) -> dict[str, Any] | None:
         "source_fps": timing.source_fps,
         "num_source_frames": timing.num_source_frames,
         "sample_fps": timing.sample_fps,
-        # How long one temporal grid lasts, under the model's own name for it.
-        "video_second_per_grid": QWEN2_5_OMNI.temporal_patch_size / timing.sample_fps if timing.sample_fps > 0 else 0.0,
         "frame_indices": list(timing.frame_indices),
         "frame_times_s": list(timing.frame_times_s),
         "audio_start_s": timing.audio_start_s,
@@ -305,6 +304,7 @@ def _vision(item: Mapping[str, Any], frames: bytes) -> EncodedVision:
         width=item["width"],
         source=item["source"],
         audio_index=item["audio_index"],
+        second_per_grid=item["video_second_per_grid"],
         timing=None
         if timing is None
         else VideoTiming(

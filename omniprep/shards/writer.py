@@ -33,7 +33,7 @@ def tar_header(name: str, num_bytes: int) -> bytes:
     The same bytes as `tarfile.TarInfo(name).tobuf(tarfile.USTAR_FORMAT)`, at a tenth of the cost.
     """
     head = name.encode("ascii").ljust(100, b"\0") + b"0000644\x000000000\x000000000\x00%011o\x0000000000000\x00" % num_bytes
-    tail = b"0".ljust(101, b"\0") + b"ustar\x0000".ljust(72, b"\0") + b"0000000\x000000000\x00".ljust(183, b"\0")
+    tail = b"0".ljust(101, b"\0") + b"ustar\x0000".ljust(255, b"\0")
     checksum = sum(head) + sum(tail) + 8 * ord(" ")  # the checksum counts its own field as spaces
     return head + b"%06o\x00 " % checksum + tail
 

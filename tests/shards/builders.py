@@ -46,6 +46,7 @@ def video_item(num_frames: int = 4, height: int = 28, width: int = 28) -> Encode
         height=height,
         width=width,
         source="v.mp4",
+        second_per_grid=0.8,
         timing=VideoTiming(
             source_fps=25.0,
             num_source_frames=100,

@@ -131,6 +131,7 @@ def test_truncated_shard_names_the_record(tmp_path: Path) -> None:
         reader.read(8)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves its file to the collector
 @pytest.mark.parametrize("kind", ["sequence", "preference"])
 def test_plain_webdataset_opens_it(tmp_path: Path, kind) -> None:
     import webdataset
