@@ -1,0 +1,1 @@
+"""Decoded media to model inputs: pure functions of arrays."""

@@ -1,0 +1,162 @@
+"""Log-mel spectrogram at true length, equal to the reference's 300 s padded one in its valid region.
+
+The reference (`WhisperFeatureExtractor`, as `Qwen2_5OmniProcessor` calls it) pads every clip with zeros to 300 s, reflects
+200 samples at both ends, takes an STFT, and clamps at the clip's loudest value minus 8 decades. Only ceil(N / hop) of the
+30 000 frames are ever read, so only those are computed here, with two facts kept:
+
+- past its end a clip is followed by zeros, not by its own reflection;
+- up to two frames past the valid ones still see the last samples. They are computed for the clip's maximum, then dropped.
+
+Frames are processed in blocks that stay in the second-level cache: window, real FFT, power, mel (four small products,
+because a mel filter is zero outside a narrow band), logarithm. Nothing but the result grows with the clip. On one core
+(AVX-512) 30 s take about 3 ms; the window and FFT are two thirds of that.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+from scipy.fft import rfft
+
+from omniprep.profile import QWEN2_5_OMNI, ModelProfile
+from omniprep.types import Float32Array, Float64Array
+
+POWER_FLOOR = 1e-10
+"""Smallest mel power: silence is log10(POWER_FLOOR) = -10."""
+DYNAMIC_RANGE = 8.0
+"""Decades kept below the loudest mel value of a clip."""
+FRAMES_PER_BLOCK = 96
+"""96 x 400 float32 samples are 154 kB: a block's windows, samples and spectrum fit a 1 MB cache."""
+FILTERS_PER_BAND = 32
+
+
+def hz_to_mel(hz: Float64Array) -> Float64Array:
+    """Return Slaney's mel scale: linear (3 mel per 200 Hz) to 1 kHz, then 27 steps per factor 6.4.
+
+    >>> hz_to_mel(np.array([0.0, 200.0, 1000.0, 6400.0])).round(6).tolist()
+    [0.0, 3.0, 15.0, 42.0]
+    """
+    return np.where(hz < 1000.0, 3 * hz / 200, 15 + 27 * np.log(np.maximum(hz, 1.0) / 1000) / np.log(6.4))
+
+
+def mel_to_hz(mel: Float64Array) -> Float64Array:
+    """Return the inverse of `hz_to_mel`."""
+    return np.where(mel < 15.0, 200 * mel / 3, 1000 * np.exp(np.log(6.4) * (mel - 15) / 27))
+
+
+@lru_cache(maxsize=4)
+def mel_filters(profile: ModelProfile = QWEN2_5_OMNI) -> Float32Array:
+    """Return the (mel_window // 2 + 1, num_mel_bins) triangles over 0 Hz to half the sample rate, of equal area.
+
+    The same numbers as `transformers.audio_utils.mel_filter_bank(norm="slaney", mel_scale="slaney")`, as float32.
+    """
+    nyquist = profile.sample_rate_hz / 2
+    bins_hz = np.linspace(0.0, nyquist, profile.mel_window // 2 + 1)
+    edges_hz = mel_to_hz(np.linspace(0.0, float(hz_to_mel(np.array(nyquist))), profile.num_mel_bins + 2))
+    slopes = edges_hz[None, :] - bins_hz[:, None]
+    width_hz = np.diff(edges_hz)
+    triangles = np.minimum(-slopes[:, :-2] / width_hz[:-1], slopes[:, 2:] / width_hz[1:])
+    filters = np.maximum(triangles, 0.0) * (2.0 / (edges_hz[2:] - edges_hz[:-2]))
+    result = filters.astype(np.float32)
+    result.setflags(write=False)
+    return result
+
+
+@lru_cache(maxsize=4)
+def _bands(profile: ModelProfile) -> tuple[tuple[slice, slice, Float32Array], ...]:
+    """Return groups of filters as (filters, FFT bins where any of them is not zero, their weights)."""
+    filters = mel_filters(profile)
+    bands = []
+    for first in range(0, profile.num_mel_bins, FILTERS_PER_BAND):
+        columns = slice(first, min(first + FILTERS_PER_BAND, profile.num_mel_bins))
+        used = np.flatnonzero(filters[:, columns].any(axis=1))
+        rows = slice(int(used[0]), int(used[-1]) + 1)
+        bands.append((columns, rows, np.ascontiguousarray(filters[rows, columns])))
+    return tuple(bands)
+
+
+@lru_cache(maxsize=4)
+def _window(profile: ModelProfile) -> Float32Array:
+    """Return the periodic Hann window."""
+    phase = 2 * np.pi * np.arange(profile.mel_window) / profile.mel_window
+    return (0.5 - 0.5 * np.cos(phase)).astype(np.float32)
+
+
+def _padded_length(num_samples: int, profile: ModelProfile) -> int:
+    """Return how many samples the reference's STFT sees: zero padded to the longest clip."""
+    return max(num_samples, int(profile.max_audio_s * profile.sample_rate_hz))
+
+
+def _num_computed_frames(num_samples: int, profile: ModelProfile) -> int:
+    """Return the valid frames and those past the end that can hold signal, as far as the reference has them."""
+    valid = profile.num_mel_frames(num_samples)
+    past_end = (num_samples + profile.mel_window // 2 - 1) // profile.mel_hop + 1
+    return max(valid, min(past_end, _padded_length(num_samples, profile) // profile.mel_hop))
+
+
+def _span(waveform: Float32Array, start: int, stop: int, padded_length: int) -> Float32Array:
+    """Return samples [start, stop) of the clip zero padded to `padded_length` and reflected at both ends; a view if inside."""
+    num_samples = waveform.shape[0]
+    if start >= 0 and stop <= num_samples:
+        return waveform[start:stop]
+    span = np.zeros(stop - start, np.float32)
+    inside = waveform[max(start, 0) : stop]
+    span[max(-start, 0) :][: inside.shape[0]] = inside
+    if start < 0:
+        reflected = waveform[1 : 1 - start][::-1]
+        span[-start - reflected.shape[0] : -start] = reflected
+    if stop > padded_length:
+        reflected = waveform[2 * padded_length - 1 - stop : padded_length - 1][::-1]
+        span[span.shape[0] - reflected.shape[0] :] = reflected
+    return span
+
+
+def _log_mel_blocks(waveform: Float32Array, profile: ModelProfile) -> tuple[Float32Array, float]:
+    """Return ln(mel power), unclamped, as (num_mel_bins, F), and its maximum over the F frames and those past the end."""
+    num_samples, width, hop = waveform.shape[0], profile.mel_window, profile.mel_hop
+    num_valid, num_frames = profile.num_mel_frames(num_samples), _num_computed_frames(num_samples, profile)
+    result = np.empty((profile.num_mel_bins, num_valid), np.float32)
+    size = min(FRAMES_PER_BLOCK, num_frames)
+    # A window for each row of the block: multiplying equal contiguous arrays is twice as fast as broadcasting one row.
+    windows = np.tile(_window(profile), (size, 1))
+    windowed, mel = np.empty_like(windows), np.empty((size, profile.num_mel_bins), np.float32)
+    squares = np.empty((2, size, width // 2 + 1), np.float32)
+    maximum = -np.inf
+    for first in range(0, num_frames, size):
+        num = min(size, num_frames - first)
+        start = first * hop - width // 2
+        span = _span(waveform, start, start + (num - 1) * hop + width, _padded_length(num_samples, profile))
+        windowed[:num] = np.ndarray((num, width), np.float32, span, strides=(hop * span.itemsize, span.itemsize))
+        windowed[:num] *= windows[:num]
+        spectrum = rfft(windowed[:num])
+        power = np.square(spectrum.real, out=squares[0, :num])
+        power += np.square(spectrum.imag, out=squares[1, :num])
+        for filters, bins, weights in _bands(profile):
+            np.matmul(power[:, bins], weights, out=mel[:num, filters])
+        np.log(mel[:num], out=mel[:num])
+        maximum = max(maximum, float(mel[:num].max()))
+        kept = max(min(num, num_valid - first), 0)
+        result[:, first : first + kept] = mel[:kept].T
+    return result, maximum
+
+
+def log_mel(waveform: Float32Array, profile: ModelProfile = QWEN2_5_OMNI) -> Float32Array:
+    """Return the (num_mel_bins, F) float32 features of a clip, F = ceil(N / mel_hop).
+
+    `waveform` is (N,) float32, finite, at `profile.sample_rate_hz`, N > 0. Within 1e-4 of columns [0, F) of the
+    reference's `input_features` (float32 STFT, Whisper's clamp at the clip maximum minus 8, then (v + 4) / 4) for clips up to
+    `profile.max_audio_s`; longer ones follow the same rule without its silent cut. Raises `ValueError` on another shape.
+
+    >>> log_mel(np.zeros(16_000, np.float32)).shape, float(log_mel(np.zeros(400, np.float32)).max())
+    ((128, 100), -1.5)
+    """
+    if waveform.ndim != 1 or waveform.shape[0] == 0:
+        raise ValueError(f"expected a mono waveform of shape (N,) with N > 0, got {waveform.shape = }")
+    with np.errstate(divide="ignore"):  # the logarithm of no power at all is -inf until it is clamped
+        result, maximum = _log_mel_blocks(np.ascontiguousarray(waveform, np.float32), profile)
+    # One clamp does for the reference's two: at POWER_FLOOR before the maximum is taken, at the maximum - 8 after.
+    floor = np.log(POWER_FLOOR)
+    np.maximum(result, np.float32(max(maximum - DYNAMIC_RANGE * np.log(10.0), floor)), out=result)
+    # (log10(power) + 4) / 4 with the natural logarithm, which has vector code on more processors than log10.
+    result *= np.float32(0.25 / np.log(10.0))
+    result += np.float32(1.0)
+    return result
