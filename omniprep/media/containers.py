@@ -1,0 +1,118 @@
+"""What a file says about itself in its first bytes and its chunk headers, read without a decoder.
+
+Extensions lie; the first bytes rarely do. And decoders are polite: most play a cut-off file up to its end without a word, so
+whether all promised bytes are there is asked here, of the outermost boxes alone (a few dozen bytes are read).
+"""
+
+import os
+import struct
+from collections.abc import Iterator
+from typing import BinaryIO, Literal
+
+AudioOpener = Literal["soundfile", "npy", "pyav"]
+
+_MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"styp", b"moof")
+_STREAMED_RIFF_SIZES = (0, 0xFFFFFFFF, 0xFFFFFFFE, 0x7FFFFFFF, 0x7FFFF000, 0x7FFFFFFE, 0x80000000)
+"""Sizes written by programs that could not seek back (ffmpeg, sox, arecord): they promise nothing."""
+_MAX_BOXES = 10_000
+
+
+def audio_opener(head: bytes) -> AudioOpener:
+    """Return who should try first to read sound from a file that begins with `head` (16 bytes or more).
+
+    soundfile is the cheapest for the formats that libsndfile reads; PyAV reads the rest and is the second try for all.
+
+    >>> audio_opener(b"RIFF....WAVEfmt "), audio_opener(b"\\x00\\x00\\x00\\x20ftypM4A ")
+    ('soundfile', 'pyav')
+    """
+    if head.startswith(b"\x93NUMPY"):
+        return "npy"
+    if head[8:12] == b"WAVE" and head[:4] in (b"RIFF", b"RF64", b"RIFX"):
+        return "soundfile"
+    if head[:4] == b"FORM" and head[8:12] in (b"AIFF", b"AIFC"):
+        return "soundfile"
+    if head.startswith((b"fLaC", b"OggS", b"ID3", b".snd", b"caff", b"riff\x2e\x91\xcf\x11")):
+        return "soundfile"
+    # MPEG audio: 11 sync bits, then a layer that is not 0 (0 is AAC in ADTS).
+    if len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0 and head[1] & 0x06:
+        return "soundfile"
+    return "pyav"
+
+
+def num_missing_bytes(file: BinaryIO) -> int:
+    """Return how many bytes the outermost boxes of a RIFF, AIFF, MP4 or Matroska file promise beyond its end; 0 if none.
+
+    Files of other formats, and sizes that a program left open while streaming, promise nothing. `file` is left anywhere.
+    """
+    num_bytes = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    head = file.read(16)
+    if head[:4] in (b"RIFF", b"FORM"):
+        boxes = _riff_chunks(file, "<I" if head[:4] == b"RIFF" else ">I")
+    elif head[4:8] in _MP4_BOXES:
+        boxes = _mp4_boxes(file)
+    elif head.startswith(b"\x1a\x45\xdf\xa3"):
+        boxes = _ebml_elements(file)
+    else:
+        return 0
+    return max((stop - num_bytes for stop in boxes), default=0)
+
+
+def _riff_chunks(file: BinaryIO, size_format: str) -> Iterator[int]:
+    """Yield the end of each chunk; the last one's padding byte is often left out and not asked for."""
+    start = 12
+    for _ in range(_MAX_BOXES):
+        file.seek(start)
+        header = file.read(8)
+        if len(header) < 8:
+            return
+        (size,) = struct.unpack(size_format, header[4:])
+        if size in _STREAMED_RIFF_SIZES:
+            return
+        yield start + 8 + size
+        start += 8 + size + size % 2
+
+
+def _mp4_boxes(file: BinaryIO) -> Iterator[int]:
+    start = 0
+    for _ in range(_MAX_BOXES):
+        file.seek(start)
+        header = file.read(16)
+        if len(header) < 8:
+            return
+        size, kind = struct.unpack(">I4s", header[:8])
+        if size == 1 and len(header) == 16:
+            (size,) = struct.unpack(">Q", header[8:])
+        if size < 8 or not all(0x20 <= byte < 0x7F or byte == 0xA9 for byte in kind):
+            return  # size 0: until the end of the file; anything else: padding or junk after the last box
+        start += size
+        yield start
+
+
+def _ebml_elements(file: BinaryIO) -> Iterator[int]:
+    start = 0
+    for _ in range(4):  # the header, the segment, and what may stand between or after them
+        file.seek(start)
+        header = file.read(12)
+        id_width = _vint_width(header[:1])
+        size_width = _vint_width(header[id_width : id_width + 1])
+        if not id_width or not size_width or len(header) < id_width + size_width:
+            return
+        size = int.from_bytes(header[id_width : id_width + size_width], "big") & ((1 << 7 * size_width) - 1)
+        if size == (1 << 7 * size_width) - 1:
+            return  # size unknown: written while streaming
+        start += id_width + size_width + size
+        yield start
+
+
+def _vint_width(first: bytes) -> int:
+    """Return the bytes of a variable-length EBML integer from its first byte, 0 if there is none."""
+    return 9 - first[0].bit_length() if first and first[0] else 0
+
+
+SAFE_DEMUXERS = (
+    "3gp,aac,ac3,aiff,amr,amrnb,amrwb,ape,asf,au,avi,caf,dts,dv,eac3,flac,flv,gsm,h264,hevc,ivf,latm,loas,m4v,matroska,mlp,mov,"
+    "mp3,mpeg,mpegts,mpegvideo,mxf,nut,ogg,rm,tak,truehd,tta,voc,w64,wav,webm,wtv,wv"
+)
+"""Formats that libavformat may recognise: media files proper. Play lists (HLS, DASH, concat) are left out, because they make
+the library open other files and addresses that the record never named."""
