@@ -126,6 +126,8 @@ class EncodedVision:
     source: str
     timing: VideoTiming | None = None
     """Set for videos."""
+    second_per_grid: float = 0.0
+    """Seconds from one grid step of a video to the next: 2 / sample_fps, or what `rope_mode: reference` was told."""
     audio_index: int | None = None
     """Which audio item of the sample is this video's track, if it is interleaved."""
 

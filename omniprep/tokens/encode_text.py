@@ -1,18 +1,15 @@
 """Pieces of text to token ids, with supervision per token.
 
 The reference encodes a rendered conversation in one go; control tokens cut it into stretches of text. A stretch is
-encoded piece by piece where that gives the same tokens (a border after a newline with no newline coming up, which is
-every ordinary header), and as one string otherwise. A token that holds characters of an unsupervised piece is not
+encoded piece by piece where that gives the same tokens (a border after a newline with no white space coming up, which
+is every ordinary header), and as one string otherwise. A token that holds characters of an unsupervised piece is not
 supervised.
 """
 
-import re
 from collections.abc import Sequence
 
 from omniprep.tokens.template import ControlPiece, MediaPiece, Piece, TextPiece
 from omniprep.tokens.vocab import TextPolicy, TextTokenizer
-
-_NEWLINE_AHEAD = re.compile(r"\s*[\r\n]")
 
 TokenRun = tuple[list[int], list[bool] | bool]
 """Ids with the supervision of each token, or of all."""
@@ -48,9 +45,9 @@ def encode_pieces(pieces: Sequence[Piece], tokenizer: TextTokenizer, policy: Tex
 def _border_is_safe(left: str, right: str) -> bool:
     """Return whether no token can reach over the border.
 
-    The pre-tokenizer ends a word after a newline unless more newlines follow, with or without spaces between.
+    The pre-tokenizer ends a word after a newline unless more white space with a newline in it follows.
     """
-    return left.endswith("\n") and _NEWLINE_AHEAD.match(right) is None
+    return left.endswith("\n") and not right[0].isspace()
 
 
 def _plain_text(stretch: Sequence[TextPiece]) -> str | None:

@@ -50,9 +50,11 @@ class ControlPiece:
 
 @dataclass(frozen=True, slots=True)
 class MediaPiece:
-    """The place of a media part; its tokens come from the layout."""
+    """A media part; its tokens come from the layout."""
 
     part: MediaPart
+    place: str = ""
+    """Where it stands in the record: `messages.0.content.1`."""
 
 
 Piece = TextPiece | ControlPiece | MediaPiece
@@ -88,22 +90,23 @@ class ChatTemplate:
         """Return the pieces of a dialogue; a system turn is put first if there is none."""
         count = _MediaCount(self.config)
         pieces: list[Piece] = []
-        rest = list(messages)
-        if tools or rest[0].role != "system":
-            given = rest.pop(0) if rest[0].role == "system" else None
+        done = 0
+        if tools or messages[0].role != "system":
+            given = messages[0] if messages[0].role == "system" else None
+            done = 0 if given is None else 1
             pieces += self._system_turn(given, tools or (), count)
-        pieces += self._turns(rest, count)
+        pieces += self._turns(messages, count, first=done)
         if add_generation_prompt:
             pieces += self.open_turn("assistant")
         return pieces
 
     def reply(self, messages: Sequence[Message]) -> list[Piece]:
         """Return the pieces of the turns that answer a prompt (a preference's chosen or rejected side)."""
-        return list(self._turns(messages, _MediaCount(self.config)))
+        return list(self._turns(messages, _MediaCount(self.config), first=0))
 
     def document(self, document: Document) -> list[Piece]:
         """Return the pieces of a document: its parts without turns, closed by `<|endoftext|>`, which is supervised."""
-        pieces: list[Piece] = list(self._content(document.parts, True, _MediaCount(self.config)))
+        pieces: list[Piece] = list(self._content(document.parts, True, _MediaCount(self.config), "parts"))
         pieces.append(ControlPiece(self.profile.special.endoftext, True))
         return pieces
 
@@ -118,7 +121,7 @@ class ChatTemplate:
         supervised = bool(given.loss) if given is not None else False
         yield from self.open_turn("system")
         if given is not None:
-            yield from self._content(given.content, supervised, count)
+            yield from self._content(given.content, supervised, count, "messages.0.content")
         elif self.config.system_prompt is None:
             yield TextPiece(self.profile.default_system_prompt, constant=True)
         elif self.config.system_prompt:
@@ -127,22 +130,23 @@ class ChatTemplate:
             yield from self._tool_signatures(tools, supervised)
         yield from self._close_turn(supervised)
 
-    def _turns(self, messages: Sequence[Message], count: _MediaCount) -> Iterator[Piece]:
-        for index, message in enumerate(messages):
+    def _turns(self, messages: Sequence[Message], count: _MediaCount, *, first: int) -> Iterator[Piece]:
+        for index, message in enumerate(messages[first:], first):
+            place = f"messages.{index}.content"
             if message.role == "tool":
-                first = index == 0 or messages[index - 1].role != "tool"
-                last = index + 1 == len(messages) or messages[index + 1].role != "tool"
-                yield from self._tool_response(message, count, first=first, last=last)
+                opens = index == first or messages[index - 1].role != "tool"
+                closes = index + 1 == len(messages) or messages[index + 1].role != "tool"
+                yield from self._tool_response(message, count, place, opens=opens, closes=closes)
                 continue
             supervised = message.role == "assistant" if message.loss is None else message.loss
             yield from self.open_turn(message.role)
-            yield from self._content(message.content, supervised, count)
+            yield from self._content(message.content, supervised, count, place)
             for number, call in enumerate(message.tool_calls):
                 yield from self._tool_call(call, supervised, newline=number > 0 or bool(message.content))
             yield from self._close_turn(supervised)
 
-    def _content(self, parts: Sequence[Part], supervised: bool, count: _MediaCount) -> Iterator[Piece]:
-        for part in parts:
+    def _content(self, parts: Sequence[Part], supervised: bool, count: _MediaCount, place: str) -> Iterator[Piece]:
+        for index, part in enumerate(parts):
             if isinstance(part, TextPart):
                 if part.text:
                     yield TextPiece(part.text, supervised if part.loss is None else part.loss)
@@ -150,7 +154,7 @@ class ChatTemplate:
             prefix = count.prefix(part.type)
             if prefix:
                 yield TextPiece(prefix, supervised)
-            yield MediaPiece(part)
+            yield MediaPiece(part, f"{place}.{index}")
 
     def _tool_signatures(self, tools: Sequence[dict[str, Any]], supervised: bool) -> Iterator[Piece]:
         special = self.profile.special
@@ -181,15 +185,15 @@ class ChatTemplate:
         yield TextPiece(f'\n{{"name": {_json(call.function.name)}, "arguments": {text}}}\n', supervised)
         yield ControlPiece(special.tool_call_end, supervised)
 
-    def _tool_response(self, message: Message, count: _MediaCount, *, first: bool, last: bool) -> Iterator[Piece]:
+    def _tool_response(self, message: Message, count: _MediaCount, place: str, *, opens: bool, closes: bool) -> Iterator[Piece]:
         supervised = bool(message.loss)
-        if first:
+        if opens:
             yield ControlPiece(self.profile.special.im_start)
             yield TextPiece("user", constant=True)
         yield TextPiece("\n<tool_response>\n", supervised)
-        yield from self._content(message.content, supervised, count)
+        yield from self._content(message.content, supervised, count, place)
         yield TextPiece("\n</tool_response>", supervised)
-        if last:
+        if closes:
             yield from self._close_turn(supervised)
 
 
