@@ -89,7 +89,7 @@ class VideoPart(RecordModel):
     sample_fps: float | None = Field(default=None, gt=0)
     """Rate of frames made ready, in frames per second."""
     audio_track: MediaRef | None = None
-    """Sound that belongs to frames made ready; it starts with the first frame."""
+    """Sound that belongs to the video but lies in another file; it starts with the video's first frame."""
 
     @property
     def frames_ready(self) -> bool:
@@ -103,10 +103,8 @@ class VideoPart(RecordModel):
     def _keys_fit_together(self) -> "VideoPart":
         if self.fps is not None and self.nframes is not None:
             raise ValueError("give `fps` or `nframes`, not both")
-        if not self.frames_ready and (self.sample_fps is not None or self.audio_track is not None):
-            raise ValueError(
-                "`sample_fps` and `audio_track` belong to frames made ready (a list of images or an .npy), not to a video file"
-            )
+        if not self.frames_ready and self.sample_fps is not None:
+            raise ValueError("`sample_fps` belongs to frames made ready (a list of images or an .npy), not to a video file")
         return self
 
 

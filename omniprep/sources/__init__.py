@@ -1,0 +1,1 @@
+"""Where records come from: containers, formats, and the media that records name."""

@@ -1,0 +1,227 @@
+"""WebDataset tars: the members that share a name up to its first dot are one row.
+
+`key.json` is the row; `key.jpg`, `key.mp4`, `key.left.wav`... are media that it names:
+
+* a media value equal to a member's name (`00/a.jpg`), file name (`a.jpg`) or extension (`jpg`, `left.wav`) is that member;
+* a JSON that names no member at all gets its media members as `images`, `videos` and `audios`, in the order of the tar;
+* without a JSON, the media members and the text of `key.txt` make a document, in the order of the tar.
+
+A plain tar is read with one seek a partition, a compressed one from its start.
+"""
+
+import tarfile
+import zlib
+from collections.abc import Iterator
+from typing import Any, BinaryIO, Literal, NamedTuple
+
+from omniprep.errors import ConfigError, Reason, RejectSample
+from omniprep.sources.base import FilesSource
+from omniprep.sources.files import check_unchanged, compression_of, find_files, one_line, open_input
+from omniprep.sources.jsonl import parse_json
+from omniprep.sources.partitions import InputFile, Partition, Row, Slice, Unit, cut
+
+IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "avif"})
+AUDIO_SUFFIXES = frozenset({"wav", "flac", "mp3", "ogg", "oga", "opus", "m4a", "aac", "aif", "aiff", "wma", "amr"})
+VIDEO_SUFFIXES = frozenset({"mp4", "mkv", "webm", "avi", "mov", "m4v", "mpg", "mpeg", "ts", "flv", "wmv", "3gp", "npy"})
+_MEDIA_KEYS = frozenset(
+    {"image", "images", "image_url", "audio", "audios", "audio_url", "video", "videos", "video_url", "audio_track", "url", "path"}
+)
+
+
+class _Member(NamedTuple):
+    name: str
+    data: bytes | None
+    """None while planning."""
+
+
+class _Sample(NamedTuple):
+    key: str
+    offset: int
+    members: list[_Member]
+    error: str | None
+    checksum: int
+
+
+class WebDatasetSource(FilesSource):
+    """Rows of WebDataset tars (`.tar`, `.tar.gz`, `.tar.zst`)."""
+
+    kind: Literal["webdataset"] = "webdataset"
+
+    def partitions(self, *, rows_per_partition: int) -> list[Partition]:
+        """Return slices of `rows_per_partition` samples, the same on every call. Raises `ConfigError`."""
+        units = (
+            Unit(file, sample.offset, row, row, 1, sample.checksum)
+            for file in find_files(self.path, place=f"source {self.name!r}")
+            for row, sample in enumerate(_file_samples(file))
+        )
+        return cut(units, source=self.name, rows_per_partition=rows_per_partition, limit=self.limit)
+
+    def read(self, partition: Partition) -> Iterator[Row]:
+        """Yield the partition's rows, in order; a bad one with its error."""
+        index = partition.first_row
+        for piece in partition.slices:
+            check_unchanged(piece)
+            base = self._base_of(piece.path)
+            num_read = 0
+            for sample in _slice_samples(piece):
+                place = f"{piece.name}/{sample.key}"
+                try:
+                    value: Any = _row_value(sample)
+                    error = None
+                except RejectSample as reject:
+                    value, error = {member.name: member.data for member in sample.members}, reject
+                yield Row(index=index, place=place, value=value, error=error, base=base)
+                index += 1
+                num_read += 1
+            if num_read != piece.num_rows:
+                raise ConfigError(f"{piece.path}: had {piece.num_rows} samples here when planned, has {num_read}; run again")
+
+
+def _file_samples(file: InputFile) -> Iterator[_Sample]:
+    with open_input(file.path) as handle:
+        yield from _samples(handle, start=0, seekable=compression_of(file.path) is None, with_data=False)
+
+
+def _slice_samples(piece: Slice) -> Iterator[_Sample]:
+    seekable = compression_of(piece.path) is None
+    with open_input(piece.path) as handle:
+        start = piece.offset if seekable else 0
+        skipped = 0 if seekable else piece.row
+        samples = _samples(handle, start=start, seekable=seekable, with_data=True, num_skipped=skipped)
+        for _, sample in zip(range(piece.num_rows), samples, strict=False):
+            yield sample
+
+
+def _samples(handle: BinaryIO, *, start: int, seekable: bool, with_data: bool, num_skipped: int = 0) -> Iterator[_Sample]:
+    """Yield samples from byte `start` on. Damage becomes a last sample with an error."""
+    key: str | None = None
+    offset, checksum, number = start, 0, 0
+    members: list[_Member] = []
+    error: str | None = None
+
+    def finished() -> Iterator[_Sample]:
+        nonlocal number
+        if key is not None:
+            if number >= num_skipped:
+                yield _Sample(key, offset, members, None, checksum)
+            number += 1
+
+    try:
+        if seekable:
+            handle.seek(start)
+        archive: Any = tarfile.open(fileobj=handle, mode="r:" if seekable else "r|")  # noqa: SIM115 - holds nothing but `handle`
+        while (info := archive.next()) is not None:
+            archive.members = []  # tarfile keeps every header that it has seen
+            if not info.isfile():
+                continue
+            new_key, _ = _split_name(info.name)
+            if new_key != key:
+                yield from finished()
+                key, members, offset, checksum = new_key, [], info.offset, 0
+            wanted = with_data and number >= num_skipped
+            data = archive.extractfile(info)
+            content = data.read() if data is not None and wanted else None
+            members.append(_Member(info.name, content))
+            checksum = zlib.crc32(f"{info.name}/{info.size}/{info.mtime}/{info.chksum}".encode(), checksum)
+        if seekable and (at := _damage_at(handle, archive.offset)) is not None:
+            error = f"no tar header at byte {at}"
+    except (tarfile.TarError, EOFError) as caught:
+        error = one_line(caught)
+    yield from finished()
+    if error is not None and number >= num_skipped:
+        yield _Sample(f"after {key or 'the start'}", offset, [], f"the tar is damaged: {error}; what follows is lost", 0)
+
+
+def _damage_at(handle: BinaryIO, offset: int) -> int | None:
+    """Return where a tar stopped being read if that is not its end: `tarfile` stops at a bad header without a word."""
+    for at in (offset - tarfile.BLOCKSIZE, offset):
+        handle.seek(max(at, 0))
+        if handle.read(tarfile.BLOCKSIZE).strip(b"\0"):
+            continue
+        return None
+    return offset
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """Split a member's name as webdataset does: the key ends at the first dot of the file name.
+
+    >>> _split_name("a.b/000.left.jpg")
+    ('a.b/000', 'left.jpg')
+    """
+    folder, slash, file = name.rpartition("/")
+    stem, _, extension = file.partition(".")
+    return folder + slash + stem, extension
+
+
+def _row_value(sample: _Sample) -> dict[str, Any]:
+    """Return a sample's row, with the media that it names in place of their names. Raises `RejectSample`."""
+    if sample.error is not None:
+        raise RejectSample(Reason.SCHEMA_INVALID, sample.error)
+    names = [member.name for member in sample.members]
+    if len(set(names)) < len(names):
+        raise RejectSample(Reason.SCHEMA_INVALID, f"two members of the same name among {', '.join(names):.200}")
+    by_extension = {_split_name(member.name)[1]: member for member in sample.members}
+    row = by_extension.get("json")
+    if row is None:
+        return _document(sample)
+    value, error = parse_json(row.data or b"")
+    if error is not None:
+        raise error.at(row.name)
+    if not isinstance(value, dict):
+        raise RejectSample(Reason.SCHEMA_INVALID, f"{row.name}: expected a JSON object, got {type(value).__name__}")
+    media = {name: member for extension, member in by_extension.items() if _kind(extension) for name in _names(member, extension)}
+    filled: dict[str, Any]
+    filled, num_named = _with_members(value, media)
+    if not num_named:
+        listed: dict[str, list[Any]] = {}
+        for extension, member in by_extension.items():
+            kind = _kind(extension)
+            if kind is not None:
+                listed.setdefault(f"{kind}s", []).append(_blob(member))
+        filled = {**listed, **filled}
+    return filled
+
+
+def _names(member: _Member, extension: str) -> tuple[str, ...]:
+    return member.name, member.name.rpartition("/")[2], extension
+
+
+def _kind(extension: str) -> str | None:
+    suffix = extension.rpartition(".")[2].lower()
+    kinds = {"image": IMAGE_SUFFIXES, "audio": AUDIO_SUFFIXES, "video": VIDEO_SUFFIXES}
+    return next((kind for kind, suffixes in kinds.items() if suffix in suffixes), None)
+
+
+def _blob(member: _Member) -> dict[str, Any]:
+    return {"path": member.name, "bytes": member.data or b""}
+
+
+def _with_members(value: Any, media: dict[str, _Member], *, is_media: bool = False) -> tuple[Any, int]:
+    """Replace names of members by the members, under media keys only; return how many were replaced."""
+    if isinstance(value, str):
+        return (_blob(media[value]), 1) if is_media and value in media else (value, 0)
+    if isinstance(value, list):
+        pairs = [_with_members(item, media, is_media=is_media) for item in value]
+        return [item for item, _ in pairs], sum(num for _, num in pairs)
+    if isinstance(value, dict):
+        found = {key: _with_members(item, media, is_media=key in _MEDIA_KEYS) for key, item in value.items()}
+        return {key: item for key, (item, _) in found.items()}, sum(num for _, num in found.values())
+    return value, 0
+
+
+def _document(sample: _Sample) -> dict[str, Any]:
+    parts: list[dict[str, Any]] = []
+    for member in sample.members:
+        extension = _split_name(member.name)[1]
+        kind = _kind(extension)
+        if kind is not None:
+            parts.append({"type": kind, kind: _blob(member)})
+        elif extension == "txt":
+            try:
+                parts.append({"type": "text", "text": (member.data or b"").decode("utf-8")})
+            except UnicodeDecodeError as error:
+                raise RejectSample(Reason.SCHEMA_INVALID, f"{member.name}: not valid UTF-8 at byte {error.start}") from None
+    if not parts:
+        names = ", ".join(member.name for member in sample.members)
+        raise RejectSample(Reason.SCHEMA_INVALID, f"expected a .json, .txt or media member; got {names:.200}")
+    return {"parts": parts}
