@@ -1,0 +1,106 @@
+"""Resizing one frame.
+
+`exact` gives the reference's pixels: PIL bicubic on uint8 for images, and for videos what
+`torchvision.transforms.functional.resize(..., BICUBIC, antialias=True)` gives on uint8, which is torch's float32 kernel,
+rounded. `fast` is a uint8 bicubic kernel with the same support: torch's where torch is installed, else Pillow's.
+
+Against `exact`, 720p to 560x1008 and 360p to 364x644, film: `fast` differs in 16-17 % of the values, by one level but for 1 in
+100,000 (largest seen: 4); torch's and Pillow's uint8 kernels differ from each other by one level in 0.3-0.5 %. A
+frame of 720p took 33 ms with torchvision's call, 15 ms with `exact` here (same pixels), 10 ms with Pillow, 1.7 ms with
+torch's uint8 kernel.
+"""
+
+from functools import cache
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import numpy as np
+
+from omniprep.errors import ConfigError
+from omniprep.types import ResizeMode, Uint8Array
+
+
+def resize_frame(frame: Uint8Array, *, height: int, width: int, mode: ResizeMode, kind: Literal["image", "video"]) -> Uint8Array:
+    """Return `frame` (H, W, 3) uint8 as (height, width, 3) uint8, contiguous; unchanged if it has that size.
+
+    Raises `ConfigError` for the exact resize of a video without torch.
+    """
+    if frame.shape[:2] == (height, width):
+        return np.ascontiguousarray(frame)
+    if kind == "image":
+        return _resize_pillow(frame, height, width)
+    if mode == "exact":
+        return _resize_float(frame, height, width)
+    if _has_torch():
+        return _resize_uint8(frame, height, width)
+    return _resize_pillow(frame, height, width)
+
+
+def require_exact_resize() -> None:
+    """Raise `ConfigError` if `resize: exact` cannot be done for videos in this installation."""
+    if not _has_torch():
+        raise ConfigError(
+            "video.resize: `exact` computes the reference's pixels with torch, which is not installed; "
+            "install `omniprep[torch]` or set `video.resize: fast`"
+        )
+
+
+@cache
+def _has_torch() -> bool:
+    return find_spec("torch") is not None
+
+
+@cache
+def _torch() -> Any:
+    require_exact_resize()
+    import torch
+
+    return torch
+
+
+def _resize_pillow(frame: Uint8Array, height: int, width: int) -> Uint8Array:
+    from PIL import Image
+
+    picture = Image.fromarray(np.ascontiguousarray(frame)).resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(picture)
+
+
+def _tensor(frame: Uint8Array) -> Any:
+    # torch warns about read-only memory although nothing writes to it here.
+    writable = frame if frame.flags.writeable else frame.copy()
+    return _torch().from_numpy(np.ascontiguousarray(writable))
+
+
+def _resize_uint8(frame: Uint8Array, height: int, width: int) -> Uint8Array:
+    torch = _torch()
+    with torch.inference_mode():
+        planes = _tensor(frame).permute(2, 0, 1)[None]
+        resized = torch.nn.functional.interpolate(planes, size=(height, width), mode="bicubic", antialias=True)
+        return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
+
+
+def _resize_float(frame: Uint8Array, height: int, width: int) -> Uint8Array:
+    """Return torch's float32 bicubic, horizontal pass first, each pass run along the outer dimension.
+
+    torch's kernel is separable and runs along a row pixel by pixel, but down a column with whole rows at a time. Turning
+    the picture so that both passes run down columns multiplies and adds the same numbers in the same order (equal bit for
+    bit, tested) at half the time.
+    """
+    torch = _torch()
+    source_height, source_width, _ = frame.shape
+    with torch.inference_mode():
+        pixels = _tensor(frame)
+        if source_width != width:
+            turned = pixels.permute(1, 0, 2).contiguous().view(1, 1, source_width, source_height * 3).float()
+            turned = _rows_to(turned, width)
+            pixels = turned.view(width, source_height, 3).permute(1, 0, 2).contiguous()
+        rows = pixels.reshape(1, 1, source_height, width * 3).float()
+        if source_height != height:
+            rows = _rows_to(rows, height)
+        resized: Uint8Array = rows.round_().clamp_(0, 255).to(torch.uint8).view(height, width, 3).numpy()
+        return resized
+
+
+def _rows_to(rows: Any, num_rows: int) -> Any:
+    """Resize (1, 1, R, C) float32 to (1, 1, num_rows, C)."""
+    return _torch().nn.functional.interpolate(rows, size=(num_rows, rows.shape[-1]), mode="bicubic", antialias=True)
