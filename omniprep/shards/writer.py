@@ -176,9 +176,7 @@ class PartitionWriter:
     def __enter__(self) -> "PartitionWriter":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         for writer in self._open.values():
             writer.abandon()
 

@@ -33,7 +33,9 @@ def test_round_trip(sample, form) -> None:
 def test_round_trip_of_raw_frames() -> None:
     sample = media_sample()
     vision = tuple(
-        replace(item, frame_format="raw", frames=tuple(bytes([n]) * (item.height * item.width * 3) for n in range(len(item.frames))))
+        replace(
+            item, frame_format="raw", frames=tuple(bytes([n]) * (item.height * item.width * 3) for n in range(len(item.frames)))
+        )
         for item in sample.vision
     )
     sample = replace(sample, vision=vision)
