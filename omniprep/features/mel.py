@@ -13,10 +13,12 @@ because a mel filter is zero outside a narrow band), logarithm. Nothing but the 
 """
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from scipy.fft import rfft
 
+from omniprep.errors import ConfigError
 from omniprep.profile import QWEN2_5_OMNI, ModelProfile
 from omniprep.types import Float32Array, Float64Array
 
@@ -144,7 +146,7 @@ def log_mel(waveform: Float32Array, profile: ModelProfile = QWEN2_5_OMNI) -> Flo
 
     `waveform` is (N,) float32, finite, at `profile.sample_rate_hz`, N > 0. Within 1e-4 of columns [0, F) of the
     reference's `input_features` (float32 STFT, Whisper's clamp at the clip maximum minus 8, then (v + 4) / 4) for clips up to
-    `profile.max_audio_s`; longer ones follow the same rule without its silent cut. Raises `ValueError` on another shape.
+    `profile.max_audio_s`; longer ones equal its `truncation=False`. Raises `ValueError` on another shape.
 
     >>> log_mel(np.zeros(16_000, np.float32)).shape, float(log_mel(np.zeros(400, np.float32)).max())
     ((128, 100), -1.5)
@@ -160,3 +162,46 @@ def log_mel(waveform: Float32Array, profile: ModelProfile = QWEN2_5_OMNI) -> Flo
     result *= np.float32(0.25 / np.log(10.0))
     result += np.float32(1.0)
     return result
+
+
+def log_mel_torchaudio(waveform: Float32Array, profile: ModelProfile = QWEN2_5_OMNI, device: str = "cpu") -> Float32Array:
+    """Return `log_mel(waveform)` computed by torchaudio on `device` ("cpu", "cuda"): the same rule and filters, another FFT.
+
+    Measured on a CPU: at most 3.6e-5 from `log_mel` on speech, music, noise and clicks. Far more comes from the other
+    *resampler* (`AudioConfig.backend`): torchaudio's short filter passes less above 7 kHz and lets more alias back. On
+    44.1 and 48 kHz speech and film sound its waveform is 16 to 47 dB below the signal from soxr HQ's (the 16 is a recording
+    loud above 7 kHz), features differ by 0.002 on average and 0.6 at most, of which at most 0.01 below bin 115 (6.3 kHz).
+
+    Needs the torch extra; raises `ConfigError` where it is missing.
+    """
+    torch, spectrogram = _import_torchaudio()
+    num_samples = waveform.shape[0]
+    num_valid, num_frames = profile.num_mel_frames(num_samples), _num_computed_frames(num_samples, profile)
+    length = min(max(num_frames * profile.mel_hop, num_samples) + profile.mel_window, _padded_length(num_samples, profile))
+    samples = torch.nn.functional.pad(torch.from_numpy(waveform).to(device), (0, length - num_samples))
+    power = spectrogram(
+        samples,
+        pad=0,
+        window=torch.from_numpy(_window(profile)).to(device),
+        n_fft=profile.mel_window,
+        hop_length=profile.mel_hop,
+        win_length=profile.mel_window,
+        power=2.0,
+        normalized=False,
+        center=True,
+        pad_mode="reflect",
+    )[:, :num_frames]
+    filters = torch.from_numpy(mel_filters(profile).copy()).to(device)
+    decades = (filters.T @ power).clamp(min=POWER_FLOOR).log10()
+    decades = torch.maximum(decades, decades.max() - DYNAMIC_RANGE)[:, :num_valid]
+    result: Float32Array = ((decades + 4.0) / 4.0).contiguous().cpu().numpy()
+    return result
+
+
+def _import_torchaudio() -> tuple[Any, Any]:
+    try:
+        import torch
+        from torchaudio.functional import spectrogram
+    except (ImportError, OSError, RuntimeError) as error:  # the last two: torchaudio built for another CUDA than torch
+        raise ConfigError(f"backend torchaudio: cannot be imported ({error}); install omniprep[torch], or use soxr") from None
+    return torch, spectrogram

@@ -14,9 +14,9 @@ A video's sound keeps the decoder's precision; the reference reads it through a 
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -80,7 +80,7 @@ def decode_audio(
             _reject_by_header(media, cut, info, config)
         keep = None if splits else limit + 1
         blocks = _Counted(track.read(cut.first, cut.stop))
-        waveform = resample(blocks, info.sample_rate_hz, profile.sample_rate_hz, max_samples=keep, backend=config.backend)
+        waveform = resample(iter(blocks), info.sample_rate_hz, profile.sample_rate_hz, max_samples=keep, backend=config.backend)
         first_s = info.start_s + cut.first / info.sample_rate_hz
         truncated_from_s = None
         if not splits and len(waveform) > limit:
@@ -104,7 +104,7 @@ def decode_audio(
 
 
 def resample(
-    blocks: Iterable[Float32Array],
+    blocks: Iterator[Float32Array],
     rate_in: int,
     rate_out: int,
     *,
@@ -120,25 +120,41 @@ def resample(
     """
     if backend == "torchaudio":
         return _resample_torchaudio(list(blocks), rate_in, rate_out)
-    output, num_in = bytearray(), 0  # grows in place, where a list of blocks would double its size when joined
-    if rate_in == rate_out:
-        for block in blocks:
-            output += np.ascontiguousarray(block).data
-            if max_samples is not None and len(output) >= 4 * max_samples:
-                break
-        return np.frombuffer(output, np.float32)
+    head = list(itertools.islice(blocks, 2))
+    if len(head) < 2:
+        return _resample_block(head[0] if head else np.empty(0, np.float32), rate_in, rate_out)
+    # A bytearray grows in place, where a list of blocks would double its size when joined.
+    output, num_in, stop = bytearray(), 0, math.inf if max_samples is None else 4 * max_samples
+    stream = None if rate_in == rate_out else _soxr_stream(rate_in, rate_out)
+    for block in itertools.chain(head, blocks):
+        num_in += len(block)
+        samples = np.ascontiguousarray(block)
+        output += (samples if stream is None else stream.resample_chunk(samples)).data
+        if len(output) >= stop:
+            return np.frombuffer(output, np.float32)
+    if stream is not None:
+        output += stream.resample_chunk(np.empty(0, np.float32), last=True).data
+    return _fix_length(np.frombuffer(output, np.float32), num_in, rate_in, rate_out)
+
+
+def _soxr_stream(rate_in: int, rate_out: int) -> Any:
     import soxr
 
-    stream = soxr.ResampleStream(rate_in, rate_out, 1, dtype="float32", quality="soxr_hq")
-    for block in blocks:
-        num_in += len(block)
-        output += stream.resample_chunk(np.ascontiguousarray(block)).data
-        if max_samples is not None and len(output) >= 4 * max_samples:
-            return np.frombuffer(output, np.float32)
-    output += stream.resample_chunk(np.empty(0, np.float32), last=True).data
-    # librosa's length, with its floating-point ratio: soxr's own rounds to the nearest sample.
+    return soxr.ResampleStream(rate_in, rate_out, 1, dtype="float32", quality="soxr_hq")
+
+
+def _resample_block(block: Float32Array, rate_in: int, rate_out: int) -> Float32Array:
+    """Resample a waveform that is one block: soxr's one-shot mode is quicker than its stream for a second of sound."""
+    if rate_in == rate_out or not len(block):
+        return np.ascontiguousarray(block)
+    import soxr
+
+    return _fix_length(soxr.resample(block, rate_in, rate_out, quality="soxr_hq"), len(block), rate_in, rate_out)
+
+
+def _fix_length(waveform: Float32Array, num_in: int, rate_in: int, rate_out: int) -> Float32Array:
+    """Return librosa's length, with its floating-point ratio and its zeros: soxr rounds to the nearest sample."""
     num_out = math.ceil(num_in * (rate_out / rate_in))
-    waveform = np.frombuffer(output, np.float32)
     return waveform[:num_out] if len(waveform) >= num_out else np.pad(waveform, (0, num_out - len(waveform)))
 
 

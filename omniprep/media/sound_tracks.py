@@ -168,6 +168,10 @@ def _open_container(media: MediaFile) -> Iterator[Any]:
     source: str | IO[bytes] = f"file:{media.path}" if media.path is not None else media.open()
     try:
         container = av.open(source, metadata_errors="ignore", options={"format_whitelist": SAFE_DEMUXERS})
+    except av.ArgumentError:  # what libavformat says of a demuxer that is not on the list
+        raise RejectSample(
+            Reason.MEDIA_CORRUPT, f"{media.name}: expected sound or a video, got another kind of file (a picture, a play list)"
+        ) from None
     except (av.FFmpegError, ValueError) as error:
         raise _corrupt(media.name, error) from None
     with container:
@@ -345,7 +349,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _corrupt(name: str, error: BaseException) -> RejectSample:
-    text = (isinstance(error, OSError) and error.strerror) or _one_line(error)  # strerror: without the path on this machine
+    text = getattr(error, "strerror", None) or _one_line(error)  # strerror leaves out the path on this machine
     return RejectSample(Reason.MEDIA_CORRUPT, f"{name}: cannot be decoded as sound: {text}; re-encode the file or check it")
 
 
