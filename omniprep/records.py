@@ -6,11 +6,13 @@ these, `parse_record` checks a native one. The JSON Schemas in `schemas/` are ge
 """
 
 import builtins
+import re
 from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from omniprep.errors import Reason, RejectSample
 
@@ -20,14 +22,14 @@ ROLES = ("system", "user", "assistant", "tool")
 class RecordModel(BaseModel):
     """Base of every input record: immutable, and an unknown key is an error rather than a silent no-op."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class MediaBlob(RecordModel):
     """Undecoded media as Parquet and HF `datasets` carry it; `bytes` wins over `path`."""
 
     path: str | None = None
-    bytes: builtins.bytes | None = None
+    bytes: builtins.bytes | None = Field(default=None, strict=True)
 
     @model_validator(mode="after")
     def _has_one(self) -> "MediaBlob":
@@ -36,8 +38,8 @@ class MediaBlob(RecordModel):
         return self
 
 
-MediaRef = Annotated[str, Field(min_length=1)] | MediaBlob
-"""A path or fsspec URL under a declared media root, or the bytes themselves."""
+MediaRef = Annotated[str, Field(min_length=1, strict=True)] | MediaBlob
+"""A path or fsspec URL under a declared media root, a base64 `data:` URI, or the bytes themselves."""
 
 
 class TextPart(RecordModel):
@@ -72,7 +74,7 @@ class VideoPart(RecordModel):
     """A video file, or frames made ready (a list of image files, or one `.npy` of uint8 (n,H,W,3)) with `sample_fps`."""
 
     type: Literal["video"] = "video"
-    video: MediaRef | tuple[MediaRef, ...]
+    video: MediaRef | Annotated[tuple[MediaRef, ...], Field(min_length=1)]
     video_start: float | None = Field(default=None, ge=0)
     video_end: float | None = Field(default=None, gt=0)
     fps: float | None = Field(default=None, gt=0)
@@ -119,46 +121,30 @@ _PART_BY_KEY = {
 }
 
 
-def _part_kind(value: object) -> str | None:
-    """Return a part's kind by its `type` or, as in the reference's chat template, by the key that it has."""
-    if isinstance(value, RecordModel):
-        return str(getattr(value, "type", ""))
-    if not isinstance(value, Mapping):
-        return None
-    kind = value.get("type")
-    if kind is not None:
-        return str(kind).removesuffix("_url")
-    return next((part for key, part in _PART_BY_KEY.items() if key in value), None)
-
-
-Part = Annotated[
-    Annotated[TextPart, Tag("text")]
-    | Annotated[ImagePart, Tag("image")]
-    | Annotated[AudioPart, Tag("audio")]
-    | Annotated[VideoPart, Tag("video")],
-    Discriminator(
-        _part_kind,
-        custom_error_type="part_kind",
-        custom_error_message="expected a part with one of the keys text, image, audio, video",
-    ),
-]
+Part = Annotated[TextPart | ImagePart | AudioPart | VideoPart, Field(discriminator="type")]
 MediaPart = ImagePart | AudioPart | VideoPart
 
 
 def _canonical_part(part: object) -> object:
-    """Rewrite the accepted spellings of a media part (`image_url`, `url`, `path`) to the canonical key."""
+    """Give a part its `type` and rewrite the accepted spellings (`image_url`, `url`, `path`) to the canonical key.
+
+    As in the reference's chat template, a part without `type` is what its key says.
+    """
     if not isinstance(part, Mapping):
         return part
-    kind = _part_kind(part)
-    if kind == "text" or kind not in _PART_BY_KEY or kind in part:
-        if kind is not None and part.get("type", kind) != kind:
-            return {**part, "type": kind}
+    given = part.get("type")
+    kind = next((name for key, name in _PART_BY_KEY.items() if key in part), None) if given is None else str(given)
+    if kind is None:
         return part
-    rest = {key: value for key, value in part.items() if key not in (f"{kind}_url", "url", "path")}
-    given = next((part[key] for key in (f"{kind}_url", "url", "path") if key in part), None)
-    if isinstance(given, Mapping) and "url" in given:  # OpenAI style: {"image_url": {"url": ...}}
-        given = given["url"]
-    return {**rest, "type": kind} | ({kind: given} if given is not None else {})
+    kind = kind.removesuffix("_url")
+    if kind in part or kind not in _PART_BY_KEY:
+        return part if given == kind else {**part, "type": kind}
+    spellings = (f"{kind}_url", "url", "path")
+    value = next((part[key] for key in spellings if key in part), None)
+    if isinstance(value, Mapping) and "url" in value:  # OpenAI: {"image_url": {"url": ...}}
+        value = value["url"]
+    rest = {key: item for key, item in part.items() if key not in spellings}
+    return {**rest, "type": kind} | ({kind: value} if value is not None else {})
 
 
 class FunctionCall(RecordModel):
@@ -191,26 +177,25 @@ class Message(RecordModel):
     tool_calls: tuple[ToolCall, ...] = ()
     loss: bool | None = None
     name: str | None = None
+    tool_call_id: str | None = None
+    """Accepted because OpenAI's tool messages have it; ChatML does not show it."""
 
     @model_validator(mode="before")
     @classmethod
     def _accept_plain_content(cls, value: object) -> object:
+        # One callback a message, not two: checks that need only plain values are made here as well.
         if not isinstance(value, Mapping):
             return value
         content = value.get("content")
-        if isinstance(content, str):
-            return {**value, "content": ({"text": content},)}
-        if content is None and value.get("tool_calls"):
-            return {**value, "content": ()}
+        if value.get("tool_calls"):
+            if value.get("role") in ("system", "user", "tool"):
+                raise ValueError(f"`tool_calls` belong to an assistant message, not to role {value['role']!r}")
+            content = () if content is None else content
+        if type(content) is str:
+            return {**value, "content": ({"type": "text", "text": content},)}
         if isinstance(content, (list, tuple)):
-            return {**value, "content": tuple(_canonical_part(part) for part in content)}
+            return {**value, "content": tuple(map(_canonical_part, content))}
         return value
-
-    @model_validator(mode="after")
-    def _only_assistants_call_tools(self) -> "Message":
-        if self.tool_calls and self.role != "assistant":
-            raise ValueError(f"`tool_calls` belong to an assistant message, not to role {self.role!r}")
-        return self
 
 
 class RecordBase(RecordModel):
@@ -280,7 +265,7 @@ class Document(RecordBase):
             return value
         if "text" in value and "parts" not in value:
             rest = {key: item for key, item in value.items() if key != "text"}
-            return {**rest, "parts": ({"text": value["text"]},)}
+            return {**rest, "parts": ({"type": "text", "text": value["text"]},)}
         if isinstance(value.get("parts"), (list, tuple)):
             return {**value, "parts": tuple(_canonical_part(part) for part in value["parts"])}
         return value
@@ -308,19 +293,103 @@ def parse_record(row: object) -> Record:
     if adapter is None:
         keys = ", ".join(map(str, list(row)[:8])) or "no keys"
         raise RejectSample(Reason.SCHEMA_INVALID, f"expected one of the keys messages, prompt, parts, text; got {keys}")
+    record: Record
     try:
-        record: Record = adapter.validate_python(row)
+        record = adapter.validate_python(row)
     except ValidationError as error:
-        raise _rejection(error) from None
+        try:  # exports of tables give every object the keys of all: what is null was not written
+            record = adapter.validate_python(_without_nulls(row))
+        except ValidationError:
+            raise _rejection(error) from None
     return record
 
 
+def _without_nulls(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {key: item if key == "meta" else _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+_EXPECTED = {
+    "string_type": "a string",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "tuple_type": "a list",
+    "dict_type": "an object",
+    "model_type": "an object",
+    "model_attributes_type": "an object",
+    "bytes_type": "bytes",
+}
+"""What a pydantic error type asks for, in the words of JSON."""
+_FIELD = re.compile(r"[a-z_]+$")
+_TAKES_TEXT = ("content", "prompt", "chosen", "rejected")
+
+
 def _rejection(error: ValidationError) -> RejectSample:
-    first = error.errors(include_url=False)[0]
-    place = ".".join(str(step) for step in first["loc"])
-    if first["loc"] and first["loc"][-1] == "role" and first["type"] == "literal_error":
-        return RejectSample(Reason.ROLE_UNKNOWN, f"{place}: expected one of {', '.join(ROLES)}; got {first['input']!r:.80}")
-    message = first["msg"].removeprefix("Value error, ")
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    shown = f"; got {first['input']!r:.80}" if first["type"] not in ("value_error", "extra_forbidden", "missing") else ""
-    return RejectSample(Reason.SCHEMA_INVALID, f"{place or 'record'}: {message}{shown}{more}")
+    """Word the first fault. One fault may be several pydantic errors: one for each branch of a union."""
+    faults: dict[tuple[str | int, ...], list[ErrorDetails]] = {}
+    for detail in error.errors(include_url=False):
+        if detail["type"] == "too_short" and detail["input"]:
+            continue  # a list whose entries are wrong is also called too short: not a fault of its own
+        faults.setdefault(_without_branches(detail)[1], []).append(detail)
+    branches = next(iter(faults.values()))
+    places = [_without_branches(detail)[0] for detail in branches]
+    deepest = max(places, key=len)
+    told = [detail for detail, place in zip(branches, places, strict=True) if place == deepest]
+    told = [detail for detail in told if detail["type"] not in _EXPECTED] or told
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    place = ".".join(map(str, deepest)) or "record"
+    if deepest and deepest[-1] == "role" and told[0]["type"] == "literal_error":
+        return RejectSample(
+            Reason.ROLE_UNKNOWN, f"{place}: expected one of {', '.join(ROLES)}; got {told[0]['input']!r:.80}{more}"
+        )
+    return RejectSample(Reason.SCHEMA_INVALID, f"{place}: {_wording(told, deepest)}{more}")
+
+
+def _without_branches(detail: ErrorDetails) -> tuple[tuple[str | int, ...], tuple[str | int, ...]]:
+    """Return where an error is, without the names of union branches, and the same up to the first union."""
+    place: list[str | int] = []
+    union: tuple[str | int, ...] | None = None
+    steps = detail["loc"]
+    for number, step in enumerate(steps):
+        is_tag = number > 1 and step in _PART_BY_KEY and steps[number - 2] in ("content", "parts")
+        is_key = number == len(steps) - 1 and detail["type"] in ("extra_forbidden", "missing")
+        if is_tag and isinstance(steps[number - 1], int):
+            continue
+        if isinstance(step, str) and not is_key and (step == "str" or not _FIELD.match(step)):
+            union = tuple(place) if union is None else union
+            continue
+        place.append(step)
+    return tuple(place), tuple(place) if union is None else union
+
+
+def _wording(told: list[ErrorDetails], place: tuple[str | int, ...]) -> str:
+    first = told[0]
+    fixed = {
+        "missing": "this key is missing",
+        "extra_forbidden": "unknown key",
+        "too_short": "expected at least one entry",
+        "string_too_short": "expected a string that is not empty",
+        "value_error": first["msg"].removeprefix("Value error, "),
+    }
+    if first["type"] in fixed:
+        return fixed[first["type"]]
+    if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        expected = "expected a part with one of the keys text, image, audio, video"
+    elif first["type"] in _EXPECTED:
+        wanted = dict.fromkeys(_EXPECTED[detail["type"]] for detail in told)
+        if place and place[-1] in _TAKES_TEXT:
+            wanted = dict.fromkeys(["a string", *wanted])
+        expected = f"expected {' or '.join(wanted)}"
+    elif first["type"] == "literal_error":
+        expected = f"expected {first['ctx']['expected']}"
+    else:
+        expected = (
+            first["msg"].replace("Input should be a finite", "expected a finite").replace("Input should be", "expected a value")
+        )
+    return f"{expected}; got {first['input']!r:.80}"
