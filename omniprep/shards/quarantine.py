@@ -1,0 +1,99 @@
+"""The quarantine: every record that was rejected, whole, with the reason. Nothing that came in is lost."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from omniprep.errors import DatasetError
+from omniprep.shards.files import write_file
+from omniprep.shards.index import parquet_bytes
+from omniprep.shards.manifest import QuarantineInfo
+from omniprep.types import Rejection
+
+QUARANTINE_FOLDER = "quarantine"
+BLOBS_FOLDER = "blobs"
+COLUMNS = {
+    "key": "string",
+    "source": "string",
+    "row": "int64",
+    "place": "string",
+    "stage": "string",
+    "reason": "string",
+    "detail": "string",
+    "retryable": "bool",
+    "record": "binary",
+    "blobs": "list<string>",
+}
+"""Columns and their Arrow types. `record` is the row's JSON text (or the line as it came, if it is not JSON), in which
+media bytes are `{"sha256", "num_bytes"}`; `blobs` names those media under `quarantine/blobs/`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rejected:
+    """A rejection with the media that came inside its row, by sha256."""
+
+    rejection: Rejection
+    blobs: tuple[str, ...] = ()
+
+
+def store_blobs(folder: Path, blobs: Mapping[str, bytes]) -> tuple[str, ...]:
+    """Write a row's media once under their sha256 and return the names, sorted."""
+    if blobs:
+        target = folder / QUARANTINE_FOLDER / BLOBS_FOLDER
+        target.mkdir(parents=True, exist_ok=True)
+        for name, data in blobs.items():
+            path = target / name
+            if not path.exists() or path.stat().st_size != len(data):
+                write_file(path, data)
+    return tuple(sorted(blobs))
+
+
+def write_quarantine(folder: Path, *, partition: int, source: str, rejected: Sequence[Rejected]) -> QuarantineInfo | None:
+    """Write the rejected records of one partition, if there are any, and return what the manifest says of them."""
+    if not rejected:
+        return None
+    import pyarrow as pa
+
+    rows = [{**_as_row(item.rejection), "blobs": list(item.blobs)} for item in rejected]
+    fields = [pa.field(name, _arrow_type(kind), nullable=False) for name, kind in COLUMNS.items()]
+    table = pa.Table.from_pylist(rows, schema=pa.schema(fields))
+    target = folder / QUARANTINE_FOLDER
+    target.mkdir(parents=True, exist_ok=True)
+    name = f"{partition:05d}.parquet"
+    return QuarantineInfo(
+        name=name,
+        source=source,
+        partition=partition,
+        num_records=len(rows),
+        sha256=write_file(target / name, parquet_bytes(table)),
+        blobs=tuple(sorted({blob for item in rejected for blob in item.blobs})),
+    )
+
+
+def read_quarantine(path: Path) -> Iterator[Rejected]:
+    """Yield the rejected records of one file. Raises `DatasetError` if it is not readable."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        rows = pq.ParquetFile(path).read(columns=list(COLUMNS), use_threads=False).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise DatasetError(f"{path.name}: not a readable quarantine file: {' '.join(str(error).split())}") from None
+    for row in rows:
+        blobs = tuple(row.pop("blobs"))
+        yield Rejected(rejection=Rejection(**row), blobs=blobs)
+
+
+def _as_row(rejection: Rejection) -> dict[str, object]:
+    return {name: _storable(getattr(rejection, name)) for name in COLUMNS if name != "blobs"}
+
+
+def _storable(value: object) -> object:
+    """Return text that UTF-8 can hold: a reason may quote a row that has half a surrogate pair."""
+    return value.encode("utf-8", "backslashreplace").decode("utf-8") if isinstance(value, str) else value
+
+
+def _arrow_type(kind: str) -> object:
+    import pyarrow as pa
+
+    return pa.list_(pa.string()) if kind == "list<string>" else pa.type_for_alias(kind)
