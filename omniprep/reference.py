@@ -4,6 +4,7 @@
 processor's settings are those of the released checkpoint, taken from `profile.py`.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,7 +89,9 @@ class Reference:
         interleaved = any(video is not None for video in given.audio_from_video)
         if interleaved:
             arguments |= {"load_audio_from_video": True, "audio_from_video_indices": list(given.audio_from_video)}
-        outputs = self.processor(**arguments)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecations inside transformers are not the caller's
+            outputs = self.processor(**arguments)
         lengths = outputs["feature_attention_mask"].sum(-1) if "feature_attention_mask" in outputs else None
         seconds = outputs.get("video_second_per_grid")
         positions, _ = self._rope.get_rope_index(

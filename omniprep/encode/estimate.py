@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 from omniprep.encode.media_items import MediaSettings, OpenVideo, Resolve, plan_open_video
 from omniprep.errors import Reason, RejectSample
-from omniprep.media.audio import AudioInfo, probe_audio
+from omniprep.media.audio import probe_audio
 from omniprep.media.image import image_size, probe_image
-from omniprep.media.video import probe_video
+from omniprep.media.sound_tracks import AudioInfo
+from omniprep.media.video_probe import probe_video
 from omniprep.profile import ModelProfile
 from omniprep.records import AudioPart, ImagePart, MediaPart, VideoPart
 from omniprep.types import MediaFile

@@ -14,16 +14,9 @@ from omniprep.features.mel import log_mel, log_mel_torchaudio
 from omniprep.media.audio import AudioConfig, decode_audio
 from omniprep.media.frames import encode_frame
 from omniprep.media.image import ImageConfig, decode_image
-from omniprep.media.video import (
-    VideoConfig,
-    VideoInfo,
-    VideoPlan,
-    plan_ready_frames,
-    plan_video,
-    probe_video,
-    read_frames,
-    read_ready_frames,
-)
+from omniprep.media.ready_frames import plan_ready_frames, read_ready_frames
+from omniprep.media.video import VideoConfig, VideoPlan, plan_video, read_frames
+from omniprep.media.video_probe import VideoInfo, probe_video
 from omniprep.profile import ModelProfile
 from omniprep.records import AudioPart, ImagePart, MediaBlob, VideoPart
 from omniprep.tokens.layout import AudioRun, TrackRun, VideoRun
