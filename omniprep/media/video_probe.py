@@ -8,8 +8,8 @@ start time: the same line that `media/audio.py` puts sound on. Frames that an ed
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -22,6 +22,8 @@ _DECORD_FORMATS = ("mov", "matroska", "avi")
 _DECORD_CODECS = ("h264", "hevc", "vp8", "vp9", "mpeg4", "mjpeg")
 _DECORD_PIXELS = ("yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p")
 _MAX_PACKETS_TO_FIRST_FRAME = 300
+_MAX_MOVIE_BOX = 64 << 20
+_SEEKABLE_FORMATS = ("mov", "matroska", "avi")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -55,6 +57,8 @@ class VideoInfo:
     pixel_format: str
     decord_problem: str
     """Why decord is not right for this file, or an empty string."""
+    opened: tuple[Any, Any] | None = field(default=None, repr=False)
+    """(container, stream) of PyAV, still open, so that reading the frames need not analyse the file again."""
 
 
 def probe_video(media: MediaFile) -> VideoInfo:
@@ -63,8 +67,9 @@ def probe_video(media: MediaFile) -> VideoInfo:
     Raises `RejectSample`: `MEDIA_EMPTY`, `MEDIA_MISSING`, `MEDIA_UNREADABLE`, `MEDIA_CORRUPT`, `MEDIA_TRUNCATED`,
     `MEDIA_NO_STREAM`.
     """
-    with open_video(media) as (container, stream):
-        packets, rotation, pixel_format = _scan(container, stream)
+    with reading_video(media):
+        container, stream = open_video(media)
+        packets, rotation, pixel_format = _scan(container, stream, may_be_turned=_may_be_turned(media))
         if not len(packets) or not pixel_format:
             if _index_ends_behind_file(stream, media):
                 raise RejectSample(Reason.MEDIA_TRUNCATED, "the file ends before its first frame; fetch it again")
@@ -74,20 +79,27 @@ def probe_video(media: MediaFile) -> VideoInfo:
         return _describe(media, container, stream, packets=packets, rotation=rotation, pixel_format=pixel_format)
 
 
+def open_video(media: MediaFile) -> tuple[Any, Any]:
+    """Open with PyAV and return (container, video stream), single-threaded. To be called within `reading_video`."""
+    import av
+
+    # An absolute path cannot be mistaken for a protocol ("concat:...").
+    source = os.path.abspath(media.path) if media.path is not None else media.open()  # noqa: PTH100
+    container = av.open(source, options={"format_whitelist": _FORMATS})
+    return container, _video_stream(container)
+
+
 @contextmanager
-def open_video(media: MediaFile) -> Iterator[tuple[Any, Any]]:
-    """Open with PyAV and yield (container, video stream), single-threaded; library errors leave as `RejectSample`."""
+def reading_video(media: MediaFile) -> Iterator[None]:
+    """Turn PyAV's errors into `RejectSample` with the file's name in front."""
     import av
 
     if media.path is not None and not media.path.exists():
         raise RejectSample(Reason.MEDIA_MISSING, f"{media.name}: no such file")
     if media.num_bytes == 0:
         raise RejectSample(Reason.MEDIA_EMPTY, f"{media.name}: the file has no bytes")
-    # An absolute path cannot be mistaken for a protocol ("concat:...").
-    source = os.path.abspath(media.path) if media.path is not None else media.open()  # noqa: PTH100
     try:
-        with av.open(source, options={"format_whitelist": _FORMATS}) as container:
-            yield container, _video_stream(container)
+        yield
     except RejectSample as error:
         raise error if error.detail.startswith(media.name) else error.at(media.name) from None
     except av.error.InvalidDataError as error:
@@ -147,17 +159,21 @@ class _Packets:
         return len(self.sizes)
 
 
-def _scan(container: Any, stream: Any) -> tuple[_Packets, int, str]:
-    """Return the packets, the rotation in degrees and the pixel format ("" if no frame could be decoded)."""
+def _scan(container: Any, stream: Any, *, may_be_turned: bool) -> tuple[_Packets, int, str]:
+    """Return the packets, the rotation in degrees and the pixel format ("" if no frame could be decoded).
+
+    PyAV tells the rotation only of decoded frames, so one is decoded unless it is known that nothing is turned.
+    """
     import av
 
     pts: list[int | None] = []
     sizes, keys, hidden, durations = [], [], [], []
     first_frame = None
+    must_decode = may_be_turned or stream.codec_context.pix_fmt is None
     for packet in container.demux(stream):
         if not packet.size:
             continue
-        if first_frame is None and len(pts) < _MAX_PACKETS_TO_FIRST_FRAME and (packet.is_keyframe or pts):
+        if must_decode and first_frame is None and len(pts) < _MAX_PACKETS_TO_FIRST_FRAME and (packet.is_keyframe or pts):
             first_frame = _decode_now(stream.codec_context, packet, av.error.FFmpegError)
         pts.append(packet.pts)
         sizes.append(packet.size)
@@ -165,9 +181,52 @@ def _scan(container: Any, stream: Any) -> tuple[_Packets, int, str]:
         hidden.append(packet.is_discard)
         durations.append(packet.duration or 0)
     packets = _sorted_packets(pts, np.array(sizes, np.int64), np.array(keys, bool), np.array(hidden, bool), durations)
+    if not must_decode:
+        return packets, 0, stream.codec_context.pix_fmt
     if first_frame is None:
         return packets, 0, ""
     return packets, round(first_frame.rotation / 90) * 90 % 360, first_frame.format.name
+
+
+def _may_be_turned(media: MediaFile) -> bool:
+    """Return False for an MP4 or QuickTime file in which no track is turned; True where that is not known.
+
+    The track header box (ISO/IEC 14496-12, 8.3.2) holds a 3x3 matrix, of which a, b, c, d turn the picture.
+    """
+    with media.open() as file:
+        movie = _find_box(file, b"moov", media.num_bytes)
+        if movie is None or movie[1] > _MAX_MOVIE_BOX:
+            return True
+        file.seek(movie[0])
+        content = file.read(movie[1])
+    identity = (0x10000).to_bytes(4, "big") + bytes(12) + (0x10000).to_bytes(4, "big")
+    position, num_tracks = content.find(b"tkhd"), 0
+    while position >= 0:
+        matrix = position + (56 if content[position + 4 : position + 5] == b"\x01" else 44)  # after version 1's wider times
+        if content[matrix : matrix + 20] != identity:
+            return True
+        num_tracks += 1
+        position = content.find(b"tkhd", position + 4)
+    return num_tracks == 0
+
+
+def _find_box(file: BinaryIO, kind: bytes, num_bytes: int) -> tuple[int, int] | None:
+    """Return (offset, size) of the content of a box at the top level of an ISO media file."""
+    position = 0
+    while position + 8 <= num_bytes:
+        file.seek(position)
+        head = file.read(16)
+        size, header = int.from_bytes(head[:4], "big"), 8
+        if position == 0 and head[4:8] != b"ftyp":
+            return None
+        if size == 1:
+            size, header = int.from_bytes(head[8:16], "big"), 16
+        if head[4:8] == kind:
+            return position + header, (size or num_bytes - position) - header
+        if size < header:
+            return None
+        position += size
+    return None
 
 
 def _decode_now(codec: Any, packet: Any, errors: type[Exception]) -> Any:
@@ -247,6 +306,7 @@ def _describe(media: MediaFile, container: Any, stream: Any, *, packets: _Packet
         codec=stream.codec_context.name,
         pixel_format=pixel_format,
         decord_problem=_decord_problem(container, stream, packets, pixel_format),
+        opened=(container, stream) if container.format.name.split(",")[0] in _SEEKABLE_FORMATS else None,
     )
 
 
