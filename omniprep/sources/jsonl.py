@@ -53,8 +53,8 @@ class JsonlSource(FilesSource):
             num_read = 0
             for line, is_element in _slice_rows(piece):
                 place = f"{piece.name}[{line.line}]" if is_element else f"{piece.name}:{line.line}"
-                value, error = parse_json(line.text)
                 text = line.text.strip()
+                value, error = parse_json(text)
                 yield Row(index=index, place=place, value=value, error=error, base=base, line=text)
                 index += 1
                 num_read += 1
@@ -216,9 +216,10 @@ def _elements(data: bytes | mmap.mmap, *, offset: int | None = None, ordinal: in
             if depth or text.strip():  # nothing before the closing bracket: an empty array or a trailing comma
                 yield _Line(start, ordinal, text)
                 ordinal += 1
-            start = token.end()
+            start = token.end() if depth else token.start()
         if depth == 0:
             break
     rest = data[start:]
-    if rest.strip():  # the array is not closed, or something follows it: a row that will not parse
-        yield _Line(start, ordinal, rest if depth else b"after the array: " + rest)
+    # The array is not closed, or something follows its bracket: one row more, which will not parse.
+    if rest.strip() if depth else rest[1:].strip():
+        yield _Line(start, ordinal, rest)

@@ -79,7 +79,10 @@ class WebDatasetSource(FilesSource):
 
 def _file_samples(file: InputFile) -> Iterator[_Sample]:
     with open_input(file.path) as handle:
-        yield from _samples(handle, start=0, seekable=compression_of(file.path) is None, with_data=False)
+        for sample in _samples(handle, start=0, seekable=compression_of(file.path) is None, with_data=False):
+            if sample.error is not None and sample.key == "byte 0":
+                raise ConfigError(f"{file.path}: cannot be read as a tar: {sample.error}")
+            yield sample
 
 
 def _slice_samples(piece: Slice) -> Iterator[_Sample]:
@@ -92,54 +95,58 @@ def _slice_samples(piece: Slice) -> Iterator[_Sample]:
             yield sample
 
 
+class _DamagedHeaderError(Exception):
+    """Not one of `tarfile`'s own, which it takes for the end of the archive."""
+
+
+class _Header(tarfile.TarInfo):
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> "_Header":
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.HeaderError as error:
+            if type(error).__name__ not in ("InvalidHeaderError", "TruncatedHeaderError"):
+                raise  # the end of the archive, with or without its mark
+            raise _DamagedHeaderError(f"{one_line(error)} at byte {archive.offset}") from None
+
+
 def _samples(handle: BinaryIO, *, start: int, seekable: bool, with_data: bool, num_skipped: int = 0) -> Iterator[_Sample]:
-    """Yield samples from byte `start` on. Damage becomes a last sample with an error."""
-    key: str | None = None
-    offset, checksum, number = start, 0, 0
+    """Yield samples from byte `start` on.
+
+    Damage is told by an error: of the sample whose data are cut short, or of one more where a header is not readable.
+    """
+    num_bytes = handle.seek(0, 2) if seekable else None
+    handle.seek(start) if seekable else None
+    number = -1  # of the open sample; those before `num_skipped` are not yielded
+    key = None
+    offset, checksum, error = start, 0, None
     members: list[_Member] = []
-    error: str | None = None
-
-    def finished() -> Iterator[_Sample]:
-        nonlocal number
-        if key is not None:
-            if number >= num_skipped:
-                yield _Sample(key, offset, members, None, checksum)
-            number += 1
-
+    archive: Any = None
     try:
-        if seekable:
-            handle.seek(start)
-        archive: Any = tarfile.open(fileobj=handle, mode="r:" if seekable else "r|")  # noqa: SIM115 - holds nothing but `handle`
+        archive = tarfile.open(fileobj=handle, mode="r:" if seekable else "r|", tarinfo=_Header)  # noqa: SIM115 - holds only `handle`
         while (info := archive.next()) is not None:
             archive.members = []  # tarfile keeps every header that it has seen
             if not info.isfile():
                 continue
             new_key, _ = _split_name(info.name)
             if new_key != key:
-                yield from finished()
-                key, members, offset, checksum = new_key, [], info.offset, 0
+                if number >= num_skipped:
+                    yield _Sample(str(key), offset, members, None, checksum)
+                key, members, offset, checksum, number = new_key, [], info.offset, 0, number + 1
+            if num_bytes is not None and info.offset_data + info.size > num_bytes:
+                raise tarfile.ReadError(f"{info.name} ends after {num_bytes - info.offset_data} of {info.size} bytes")
             wanted = with_data and number >= num_skipped
-            data = archive.extractfile(info)
-            content = data.read() if data is not None and wanted else None
-            members.append(_Member(info.name, content))
+            members.append(_Member(info.name, archive.extractfile(info).read() if wanted else None))
             checksum = zlib.crc32(f"{info.name}/{info.size}/{info.mtime}/{info.chksum}".encode(), checksum)
-        if seekable and (at := _damage_at(handle, archive.offset)) is not None:
-            error = f"no tar header at byte {at}"
-    except (tarfile.TarError, EOFError) as caught:
-        error = one_line(caught)
-    yield from finished()
-    if error is not None and number >= num_skipped:
-        yield _Sample(f"after {key or 'the start'}", offset, [], f"the tar is damaged: {error}; what follows is lost", 0)
-
-
-def _damage_at(handle: BinaryIO, offset: int) -> int | None:
-    """Return where a tar stopped being read if that is not its end: `tarfile` stops at a bad header without a word."""
-    for at in (offset - tarfile.BLOCKSIZE, offset):
-        handle.seek(max(at, 0))
-        if handle.read(tarfile.BLOCKSIZE).strip(b"\0"):
-            continue
-        return None
-    return offset
+    except _DamagedHeaderError as damage:
+        if number >= num_skipped:
+            yield _Sample(str(key), offset, members, None, checksum)
+        offset = start if archive is None else archive.offset
+        key, members, error, number = f"byte {offset}", [], str(damage), number + 1
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as damage:
+        key, error, number = key or f"byte {start}", one_line(damage), max(number, 0)
+    if key is not None and number >= num_skipped:
+        yield _Sample(key, offset, members, error and f"the tar is damaged: {error}; what follows is lost", checksum)
 
 
 def _split_name(name: str) -> tuple[str, str]:
