@@ -170,7 +170,7 @@ def log_mel_torchaudio(waveform: Float32Array, profile: ModelProfile = QWEN2_5_O
     Measured on a CPU: at most 3.6e-5 from `log_mel` on speech, music, noise and clicks. Far more comes from the other
     *resampler* (`AudioConfig.backend`): torchaudio's short filter passes less above 7 kHz and lets more alias back. On
     44.1 and 48 kHz speech and film sound its waveform is 16 to 47 dB below the signal from soxr HQ's (the 16 is a recording
-    loud above 7 kHz), features differ by 0.002 on average and 0.6 at most, of which at most 0.01 below bin 115 (6.3 kHz).
+    loud above 7 kHz), features differ by 0.002 on average and 0.6 at most, of which at most 0.01 below bin 115 (5.8 kHz).
 
     Needs the torch extra; raises `ConfigError` where it is missing.
     """

@@ -40,7 +40,7 @@ class AudioConfig(Config):
 
     backend: ResampleBackend = "soxr"
     """`soxr` (HQ) is the canon. `torchaudio` needs the torch extra and holds the whole clip at the file's own rate."""
-    max_seconds: float = Field(default=QWEN2_5_OMNI.max_audio_s, gt=0)
+    max_seconds: float = Field(default=QWEN2_5_OMNI.max_audio_s, ge=1)
     on_too_long: Literal["error", "split", "truncate"] = "error"
     """A clip over `max_seconds` is rejected, becomes consecutive clips, or loses its end (which is recorded)."""
 
@@ -265,11 +265,11 @@ def _beyond_end(name: str, start_s: float, end_s: float) -> RejectSample:
 def _split_edges(num_samples: int, limit: int, profile: ModelProfile) -> list[int]:
     """Return the edges of consecutive clips of `limit` samples; the one before a too short last clip gives it a second.
 
-    >>> _split_edges(35, 10, QWEN2_5_OMNI), _split_edges(480_000 + 10, 480_000, QWEN2_5_OMNI)
-    ([0, 10, 20, 30, 35], [0, 464000, 480010])
+    >>> _split_edges(1_000_000, 480_000, QWEN2_5_OMNI), _split_edges(480_000 + 10, 480_000, QWEN2_5_OMNI)
+    ([0, 480000, 960000, 1000000], [0, 464000, 480010])
     """
     edges = [*range(0, num_samples, limit), num_samples]
     last = edges[-1] - edges[-2]
-    if len(edges) > 2 and limit > profile.sample_rate_hz and profile.num_audio_tokens(profile.num_mel_frames(last)) == 0:
+    if len(edges) > 2 and profile.num_audio_tokens(profile.num_mel_frames(last)) == 0:
         edges[-2] -= min(profile.sample_rate_hz, limit // 2)
     return edges

@@ -33,10 +33,20 @@ def audio_opener(head: bytes) -> AudioOpener:
         return "soundfile"
     if head.startswith((b"fLaC", b"OggS", b"ID3", b".snd", b"caff", b"riff\x2e\x91\xcf\x11")):
         return "soundfile"
-    # MPEG audio: 11 sync bits, then a layer that is not 0 (0 is AAC in ADTS).
-    if len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0 and head[1] & 0x06:
+    if _is_mpeg_audio(head):
         return "soundfile"
     return "pyav"
+
+
+def _is_mpeg_audio(head: bytes) -> bool:
+    """Say whether an MPEG audio frame starts here: 11 sync bits, then no reserved version, layer, bit rate or sample rate.
+
+    Layer 0 is AAC in ADTS. The rest matters because libmpg123 complains on the standard error of what is not MPEG audio.
+    """
+    if len(head) < 4 or head[0] != 0xFF or head[1] & 0xE0 != 0xE0:
+        return False
+    version, layer, bit_rate, sample_rate = head[1] >> 3 & 3, head[1] >> 1 & 3, head[2] >> 4, head[2] >> 2 & 3
+    return version != 1 and layer != 0 and bit_rate not in (0, 15) and sample_rate != 3
 
 
 def num_missing_bytes(file: BinaryIO) -> int:
@@ -55,7 +65,7 @@ def num_missing_bytes(file: BinaryIO) -> int:
         boxes = _ebml_elements(file)
     else:
         return 0
-    return max((stop - num_bytes for stop in boxes), default=0)
+    return max(0, max(boxes, default=0) - num_bytes)
 
 
 def _riff_chunks(file: BinaryIO, size_format: str) -> Iterator[int]:

@@ -128,7 +128,7 @@ def _soundfile_track(sound_file: Any, name: str) -> SoundTrack:
     import soundfile
 
     num_samples, rate = int(sound_file.frames), int(sound_file.samplerate)
-    is_guess = sound_file.format == "MPEG"  # without a Xing header its length is a guess by bit rate
+    is_guess = sound_file.format in ("MP3", "MPEG")  # without a Xing header its length is a guess by bit rate
 
     def read(first: int, stop: int | None) -> Iterator[Float32Array]:
         last = num_samples if stop is None else min(stop, num_samples)
@@ -241,7 +241,7 @@ def _read_pyav(
             block.append(samples)
             num_in_block += len(samples)
         position += frame.samples
-        if num_in_block >= BLOCK_SAMPLES or done:
+        if block and (num_in_block >= BLOCK_SAMPLES or done):
             yield _float_mono(block)
             block, num_in_block = [], 0
         if done:
@@ -269,19 +269,23 @@ def _position_after_seek(stream: Any, info: AudioInfo, frame: Any) -> int:
 
 
 def _frames(container: Any, stream: Any, name: str) -> Iterator[Any]:
-    """Decode the stream. Damaged packets before the first good one are skipped, as players do; later ones reject the file."""
+    """Decode the stream. A damaged packet with good ones on both sides rejects the file.
+
+    Before the first good one, players skip them too; after the last, the file is cut off and its length tells.
+    """
     import av
 
-    started = False
+    started, damage = False, None
     try:
         for packet in container.demux(stream):
             try:
                 frames = packet.decode()
-            except av.InvalidDataError:
-                if started:
-                    raise
+            except av.InvalidDataError as error:
+                damage = error if started else None
                 continue
             for frame in frames:
+                if damage is not None:
+                    raise _corrupt(name, damage)
                 started = True
                 yield frame
     except av.FFmpegError as error:
@@ -319,7 +323,9 @@ def _npy_track(media: MediaFile, profile: ModelProfile) -> SoundTrack:
         else:
             array = np.load(media.open(), allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
-        reason = Reason.MEDIA_TRUNCATED if "mmap length" in str(error) or "reshape" in str(error) else Reason.MEDIA_CORRUPT
+        reason = (
+            Reason.MEDIA_TRUNCATED if any(sign in str(error) for sign in ("mmap length", "array data")) else Reason.MEDIA_CORRUPT
+        )
         raise RejectSample(reason, f"{media.name}: not a readable .npy: {_one_line(error)}") from None
     if array.ndim != 1 or array.dtype not in (np.float32, np.float64, np.int16):
         raise RejectSample(
