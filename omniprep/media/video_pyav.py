@@ -45,7 +45,7 @@ def read_pyav(
             continue
     raise RejectSample(
         Reason.MEDIA_CORRUPT,
-        f"{media.name}: frame {todo[0]} at {info.frame_times_s[todo[0]]:.3f} s cannot be decoded; repair the file or cut around it",
+        f"{media.name}: frame {todo[0]} at {info.frame_times_s[todo[0]]:.3f} s cannot be decoded; repair the file",
     )
 
 
