@@ -214,7 +214,7 @@ def prepare(recipe: Recipe, *, overwrite: bool = False, show: Callable[[int, int
             (worker.folder / MANIFEST_NAME).unlink(missing_ok=True)
             worker.encoder  # noqa: B018 - a wrong tokenizer is told here, before any worker starts
         progress = show(len(todo), len(jobs)) if show is not None else Silent()
-        for _, receipt in run_jobs(partial(_build, prepare_partition, worker.recipe), todo, worker.recipe, stage="prepare"):
+        for _, receipt in run_jobs(partial(build_worker, prepare_partition, worker.recipe), todo, worker.recipe, stage="prepare"):
             receipts[receipt.partition] = receipt
             num_bytes = sum(shard.num_bytes for shard in receipt.shards)
             progress.advance(num_rows=receipt.num_rows, num_rejected=receipt.num_rejected, num_bytes=num_bytes)
@@ -245,7 +245,7 @@ def run_jobs(
     return ray.map_partitions(build, jobs, options, cache_key=f"{stage} {recipe.sha256} {recipe.folder} {recipe.output}")
 
 
-def _build(function: Callable[[Worker, Job], Outcome], recipe: Recipe) -> Callable[[Job], Outcome]:
+def build_worker(function: Callable[[Worker, Job], Outcome], recipe: Recipe) -> Callable[[Job], Outcome]:
     """Build what a worker process keeps; a module-level function, so that it pickles."""
     return partial(function, Worker(recipe))
 

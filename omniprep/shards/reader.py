@@ -43,10 +43,14 @@ class ShardReader:
             os.close(self._descriptor)
             self._descriptor = -1
 
+    def pread(self, num_bytes: int, offset: int) -> bytes:
+        """Return bytes of the tar at an offset; fewer where it ends."""
+        return os.pread(self._descriptor, num_bytes, offset)
+
     def read_members(self, number: int) -> dict[str, bytes]:
         """Return the members of record `number` of the shard, read with one `pread`."""
         row = self.rows[number]
-        data = os.pread(self._descriptor, row["size"], row["offset"])
+        data = self.pread(row["size"], row["offset"])
         if len(data) != row["size"]:
             raise DatasetError(
                 f"{self.path.name}: {row['key']}: expected {row['size']} bytes at {row['offset']}, got {len(data)}: cut short"

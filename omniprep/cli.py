@@ -1,0 +1,347 @@
+"""The command line. Exit codes: 0 all is well, 1 something was found, 2 wrong use, 130 interrupted."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, Optional
+
+import typer
+from rich.console import Console
+
+from omniprep import __version__
+from omniprep.errors import ConfigError, OmniPrepError
+
+if TYPE_CHECKING:
+    from omniprep.plan import Plan
+    from omniprep.run.progress import Progress
+    from omniprep.shards.manifest import Manifest
+
+EXIT_FINDINGS, EXIT_BAD_USE, EXIT_INTERRUPTED = 1, 2, 130
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="From raw conversations with media to verified training shards.",
+)
+
+RecipeArgument = Annotated[Path, typer.Argument(help="Recipe file (YAML).", show_default=False)]
+DatasetArgument = Annotated[Path, typer.Argument(help="Folder of a finished dataset.", show_default=False)]
+ExecutorOption = Annotated[
+    Optional[Literal["ray", "serial"]],  # noqa: UP045 - typer reads Optional
+    typer.Option(help="Ray, or this process alone."),
+]
+WorkersOption = Annotated[Optional[int], typer.Option(min=1, help="Partitions at a time; default: one a CPU.")]  # noqa: UP045
+AddressOption = Annotated[Optional[str], typer.Option(help="Ray cluster to join; default: start Ray here.")]  # noqa: UP045
+LimitOption = Annotated[Optional[int], typer.Option(min=1, help="Use only the first rows of each source.")]  # noqa: UP045
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Turn a user's mistake into a line on stderr and an exit code; bugs keep their traceback."""
+    try:
+        yield
+    except OmniPrepError as error:
+        _say(f"error: {error}")
+        raise typer.Exit(EXIT_BAD_USE if isinstance(error, ConfigError) else EXIT_FINDINGS) from None
+    except BrokenPipeError:  # the reader of a pipe, `| head`, has enough
+        sys.stderr.close()
+        raise typer.Exit(0) from None
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        _print(f"omniprep {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """From raw conversations with media to verified training shards."""
+
+
+@app.command()
+def prepare(
+    recipe: RecipeArgument,
+    *,
+    out: Annotated[Optional[Path], typer.Option(help="Write here instead of the recipe's `output`.")] = None,  # noqa: UP045
+    workers: WorkersOption = None,
+    executor: ExecutorOption = None,
+    address: AddressOption = None,
+    limit: LimitOption = None,
+    overwrite: Annotated[bool, typer.Option(help="Delete a dataset that another recipe built there.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Build a dataset, or what is missing of it.
+
+    A build that was stopped goes on where it was when the same command is run again.
+
+    Example: [bold]omniprep prepare pipelines/thinker_sft.yaml --workers 8[/bold]
+    """
+    with plain_errors():
+        from omniprep.prepare import prepare as build
+        from omniprep.recipe import load_recipe
+
+        output = str(out) if out is not None else None
+        loaded = load_recipe(recipe, limit=limit, output=output, workers=workers, executor=executor, address=address)
+        with ExitStack() as stack:
+            try:
+                manifest = build(loaded, overwrite=overwrite, show=_shower("prepare", stack))
+            except KeyboardInterrupt:
+                stack.close()
+                _say(f"interrupted; finished partitions are kept in {loaded.output}. The same command goes on from here.")
+                raise typer.Exit(EXIT_INTERRUPTED) from None
+        _print(manifest.model_dump_json() if as_json else _describe_manifest(manifest, loaded.output))
+        if not manifest.totals.num_records:
+            _say(f"error: no record was stored: all {manifest.num_rows} were rejected")
+            raise typer.Exit(EXIT_FINDINGS)
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    *,
+    workers: WorkersOption = None,
+    executor: ExecutorOption = None,
+    address: AddressOption = None,
+    limit: LimitOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a recipe would make: tokens, bytes, hours, lengths, rejects. Reads headers only, writes nothing.
+
+    Example: [bold]omniprep plan pipelines/thinker_sft.yaml --limit 1000[/bold]
+    """
+    with plain_errors():
+        from omniprep.plan import plan_recipe
+        from omniprep.recipe import load_recipe
+
+        loaded = load_recipe(recipe, limit=limit, workers=workers, executor=executor, address=address)
+        with ExitStack() as stack:
+            try:
+                found = plan_recipe(loaded, show=_shower("plan", stack))
+            except KeyboardInterrupt:
+                stack.close()
+                _say("interrupted; nothing was written")
+                raise typer.Exit(EXIT_INTERRUPTED) from None
+        if as_json:
+            _print(found.model_dump_json())
+        else:
+            _show_plan(found)
+
+
+@app.command()
+def verify(
+    dataset: DatasetArgument,
+    against: Annotated[
+        Optional[Literal["transformers"]],  # noqa: UP045
+        typer.Option(help="Also derive samples anew with the installed transformers and compare."),
+    ] = None,
+    limit: Annotated[Optional[int], typer.Option(min=1, help="With --against: samples to derive; default: all.")] = None,  # noqa: UP045
+    as_json: JsonOption = False,
+) -> None:
+    """Prove that a dataset is what its manifest says: digests, index, schema, and every rule of every record.
+
+    Example: [bold]omniprep verify build/sft[/bold]
+    """
+    with plain_errors():
+        from dataclasses import asdict
+
+        from omniprep.shards.manifest import read_manifest
+        from omniprep.verify import verify as check
+
+        findings = list(check(dataset))
+        manifest = read_manifest(dataset)
+        if against is not None:
+            from omniprep.verify_reference import verify_against_transformers
+
+            findings += verify_against_transformers(dataset, limit=limit)
+        if as_json:
+            _print(json.dumps({"num_records": manifest.totals.num_records, "findings": [asdict(found) for found in findings]}))
+        else:
+            for found in findings:
+                _print(str(found))
+            records = f"{manifest.totals.num_records:,} records in {len(manifest.shards)} shards"
+            _print(f"{records}: {len(findings)} findings" if findings else f"{records}: all is as it must be")
+        if findings:
+            raise typer.Exit(EXIT_FINDINGS)
+
+
+@app.command()
+def inspect(
+    dataset: DatasetArgument,
+    key: Annotated[Optional[str], typer.Argument(help="Key or id of a record; without one, an overview.")] = None,  # noqa: UP045
+) -> None:
+    """Show a dataset, or one record: its text with the loss mask, segments, positions, timing.
+
+    Example: [bold]omniprep inspect build/sft chat-00000017[/bold]
+    """
+    with plain_errors():
+        from itertools import islice
+
+        from omniprep.encode.thinker import EncodeConfig
+        from omniprep.inspect import dataset_summary, sample_view
+        from omniprep.shards.manifest import read_manifest
+        from omniprep.shards.reader import find_sample, index_rows
+        from omniprep.tokens.vocab import load_tokenizer
+
+        console = Console()
+        manifest = read_manifest(dataset)
+        if key is None:
+            console.print(dataset_summary(dataset, manifest, list(islice(index_rows(dataset), 20))))
+        else:
+            console.print(sample_view(find_sample(dataset, key), load_tokenizer(EncodeConfig().tokenizer)))
+
+
+@app.command()
+def encode(
+    file: Annotated[Path, typer.Argument(help="JSON lines of records.", show_default=False)],
+    *,
+    out: Annotated[Path, typer.Option(help="Folder for the .npz files.")],
+    rope_mode: Annotated[Literal["aligned", "reference"], typer.Option(help="How positions are counted.")] = "aligned",
+    add_generation_prompt: Annotated[bool, typer.Option(help="End with the opening of an assistant turn.")] = False,
+    max_tokens: Annotated[Optional[int], typer.Option(min=1, help="Reject longer records.")] = None,  # noqa: UP045
+    as_json: JsonOption = False,
+) -> None:
+    """Encode the rows of a file into .npz files with the model's own argument names, for a look or a diff.
+
+    Example: [bold]omniprep encode rows.jsonl --out build/npz --rope-mode reference[/bold]
+    """
+    with plain_errors():
+        from omniprep import encode_files
+        from omniprep.encode.thinker import EncodeConfig, ThinkerEncoder
+        from omniprep.sources.jsonl import JsonlSource
+        from omniprep.sources.media_store import MediaConfig, MediaStore
+
+        encoder = ThinkerEncoder(EncodeConfig(rope_mode=rope_mode, max_tokens=max_tokens))
+        source = JsonlSource(name="rows", path=(str(file),))
+        rows = encode_files.encode_file(
+            source, out, encoder=encoder, store=MediaStore(MediaConfig()), add_generation_prompt=add_generation_prompt
+        )
+        num_rejected = 0
+        for row in rows:
+            num_rejected += row.error is not None
+            if as_json:
+                _print(encode_files.as_json(row))
+            elif row.error is not None:
+                _say(f"{row.place}: {row.error}")
+            else:
+                _print(f"{', '.join(str(path) for path in row.files)}: {row.num_tokens} tokens")
+        if num_rejected:
+            raise typer.Exit(EXIT_FINDINGS)
+
+
+@app.command()
+def schema(
+    out: Annotated[Optional[Path], typer.Option(help="Write the schemas into this folder.")] = None,  # noqa: UP045
+    name: Annotated[Optional[str], typer.Argument(help="Print this one, for example conversation.json.")] = None,  # noqa: UP045
+) -> None:
+    """Print or write the JSON Schemas of what goes in.
+
+    Example: [bold]omniprep schema conversation.json[/bold]
+    """
+    with plain_errors():
+        from omniprep.schema import dump_schema, schemas, write_schemas
+
+        if out is not None:
+            for path in write_schemas(out):
+                _print(str(path))
+            return
+        known = schemas()
+        if name is None:
+            _print("\n".join(known))
+        elif name in known:
+            _print(dump_schema(known[name]).rstrip())
+        else:
+            raise ConfigError(f"no schema {name!r}; there are {', '.join(known)}")
+
+
+class _Shower:
+    """Starts the progress display once the number of partitions is known; the stack ends it."""
+
+    def __init__(self, title: str, stack: ExitStack) -> None:
+        self._title, self._stack = title, stack
+
+    def __call__(self, num_todo: int, num_all: int) -> "Progress":
+        from omniprep.run.progress import show_progress
+
+        if num_todo < num_all:
+            _say(f"{self._title}: {num_all - num_todo} of {num_all} partitions are finished already")
+        display: AbstractContextManager[Progress] = show_progress(self._title, num_partitions=num_todo)
+        return self._stack.enter_context(display)
+
+
+def _shower(title: str, stack: ExitStack) -> _Shower:
+    return _Shower(title, stack)
+
+
+def _describe_manifest(manifest: "Manifest", output: str) -> str:
+    from omniprep.run.progress import in_bytes
+
+    totals = manifest.totals
+    num_bytes = sum(shard.num_bytes for shard in manifest.shards)
+    lines = [
+        f"{output}: {totals.num_records:,} records in {len(manifest.shards)} shards, {in_bytes(num_bytes)}; "
+        f"{totals.num_tokens:,} tokens, {totals.num_supervised:,} supervised; "
+        f"{totals.audio_s / 3600:.2f} h of audio, {totals.video_s / 3600:.2f} h of video",
+        "splits: " + ", ".join(f"{name} {part.num_records:,}" for name, part in manifest.by_split.items()),
+    ]
+    if manifest.rejects:
+        reasons = ", ".join(f"{name} {count:,}" for name, count in sorted(manifest.rejects.items()))
+        lines.append(f"rejected: {sum(manifest.rejects.values()):,} ({reasons}), whole in {output}/quarantine")
+    return "\n".join(lines)
+
+
+def _show_plan(found: "Plan") -> None:
+    from rich.table import Table
+
+    from omniprep.run.progress import in_bytes
+
+    console = Console()
+    table = Table(title=f"{found.num_partitions} partitions")
+    for column in ("source", "rows", "rejected", "tokens", "audio h", "video h", "stored", "over length"):
+        table.add_column(column, justify="left" if column == "source" else "right")
+    for part in [*found.by_source.values(), *([found.totals] if len(found.by_source) > 1 else [])]:
+        table.add_row(
+            part.source,
+            f"{part.num_rows:,}",
+            f"{sum(part.rejects.values()):,}",
+            f"{part.num_tokens:,}",
+            f"{part.audio_s / 3600:.2f}",
+            f"{part.video_s / 3600:.2f}",
+            in_bytes(part.stored_bytes),
+            f"{part.num_over_length:,}",
+        )
+    console.print(table)
+    most = max(1, *found.totals.lengths)
+    bounds = ["0", *map(str, found.length_edges)]
+    for low, count in zip(bounds, found.totals.lengths, strict=True):
+        if count:
+            console.print(f"{int(low):>7,}+ tokens {count:>9,} {'█' * max(1, round(40 * count / most))}")
+    for reason, count in found.totals.rejects.items():
+        console.print(f"rejected: {count:,} {reason}")
+    console.print(f"longest: {found.totals.longest.value:,} tokens, {found.totals.longest.place}", highlight=False)
+    heaviest = found.totals.heaviest
+    console.print(
+        f"memory: a worker holds up to about {in_bytes(heaviest.value)} for one record, {heaviest.place}", highlight=False
+    )
+    console.print(f"run.rows_per_partition: {found.suggested_rows_per_partition} would make shards of about 256 MiB")

@@ -1,0 +1,181 @@
+"""`omniprep verify`: prove that a dataset is what its manifest says, byte by byte and record by record.
+
+Digests tell that something changed; the rest tells where: every record is read through the index, taken apart and
+checked against the rules that its layout must obey (`verify_sample.py`).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from omniprep.errors import DatasetError
+from omniprep.profile import QWEN2_5_OMNI, ModelProfile
+from omniprep.receipts import RECEIPTS_FOLDER
+from omniprep.shards.files import PARTIAL_SUFFIX, sha256_of
+from omniprep.shards.index import content_sha256, describe_sample
+from omniprep.shards.manifest import MANIFEST_NAME, Manifest, ShardInfo, Totals, add_up, read_manifest, totals_of
+from omniprep.shards.members import from_members
+from omniprep.shards.quarantine import BLOBS_FOLDER, QUARANTINE_FOLDER, read_quarantine
+from omniprep.shards.reader import ShardReader
+from omniprep.shards.writer import BLOCK_BYTES, tar_header
+from omniprep.verify_sample import check_sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """Something that is not as it must be."""
+
+    message: str
+    shard: str = ""
+    key: str = ""
+    member: str = ""
+
+    def __str__(self) -> str:
+        place = ": ".join(part for part in (self.shard, self.key, self.member) if part)
+        return f"{place}: {self.message}" if place else self.message
+
+
+def verify(folder: Path, *, profile: ModelProfile = QWEN2_5_OMNI) -> Iterator[Finding]:
+    """Yield everything that is wrong with a dataset. Raises `DatasetError` if it has no readable manifest."""
+    manifest = read_manifest(folder)
+    yield from _check_files(folder, manifest)
+    seen: dict[str, str] = {}
+    for shard in manifest.shards:
+        if (folder / shard.name).is_file() and (folder / shard.index_name).is_file():
+            yield from _check_shard(folder, manifest, shard, seen, profile)
+    yield from _check_totals(manifest)
+    yield from _check_quarantine(folder, manifest)
+
+
+def _check_files(folder: Path, manifest: Manifest) -> Iterator[Finding]:
+    """Compare the files in the folder with those that the manifest names: presence, size, digest."""
+    expected = {shard.name: shard.sha256 for shard in manifest.shards}
+    expected |= {shard.index_name: shard.index_sha256 for shard in manifest.shards}
+    expected |= {f"{QUARANTINE_FOLDER}/{info.name}": info.sha256 for info in manifest.quarantine}
+    expected |= {f"{QUARANTINE_FOLDER}/{BLOBS_FOLDER}/{blob}": blob for info in manifest.quarantine for blob in info.blobs}
+    sizes = {shard.name: shard.num_bytes for shard in manifest.shards}
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    for name in sorted(expected):
+        if name not in present:
+            yield Finding(shard=name, message="missing, though the manifest names it")
+            continue
+        num_bytes = (folder / name).stat().st_size
+        if name in sizes and num_bytes != sizes[name]:
+            yield Finding(shard=name, message=f"expected {sizes[name]} bytes, got {num_bytes}")
+        elif (found := sha256_of(folder / name)) != expected[name]:
+            yield Finding(shard=name, message=f"expected sha256 {expected[name][:16]}…, got {found[:16]}…: its bytes changed")
+    for name in sorted(present - set(expected) - {MANIFEST_NAME}):
+        if name.endswith(PARTIAL_SUFFIX):
+            yield Finding(shard=name, message="half-written file of a build that was killed; run the same `omniprep prepare`")
+        elif not name.startswith(f"{RECEIPTS_FOLDER}/"):
+            yield Finding(shard=name, message="not in the manifest; remove it, for readers that glob would read it")
+
+
+def _check_shard(
+    folder: Path, manifest: Manifest, shard: ShardInfo, seen: dict[str, str], profile: ModelProfile
+) -> Iterator[Finding]:
+    try:
+        reader = ShardReader(folder / shard.name)
+    except DatasetError as error:
+        yield Finding(shard=shard.name, message=str(error))
+        return
+    with reader:
+        if reader.member_names != manifest.members:
+            message = f"expected members {', '.join(manifest.members)}; got {', '.join(reader.member_names)}"
+            yield Finding(shard=shard.index_name, message=message)
+        end = 0
+        for number, row in enumerate(reader.rows):
+            key = row["key"]
+            if key in seen:
+                yield Finding(shard=shard.name, key=key, message=f"key is in {seen[key]} too; keys must be unique")
+            seen[key] = shard.name
+            if row["offset"] != end:
+                yield Finding(shard=shard.name, key=key, message=f"index: expected the record at byte {end}, got {row['offset']}")
+            end = row["offset"] + row["size"]
+            yield from _check_record(reader, number, shard, manifest, profile)
+        if end + 2 * BLOCK_BYTES != shard.num_bytes:
+            message = f"index: its records end at byte {end}, the tar has {shard.num_bytes}"
+            yield Finding(shard=shard.name, message=message)
+        totals = add_up(("", totals_of(row)) for row in reader.rows).get("", Totals())
+        if totals != shard.totals:
+            yield Finding(shard=shard.name, message=f"manifest: totals are {_differing(shard.totals, totals)}")
+
+
+def _check_record(
+    reader: ShardReader, number: int, shard: ShardInfo, manifest: Manifest, profile: ModelProfile
+) -> Iterator[Finding]:
+    row = reader.rows[number]
+    key = row["key"]
+    try:
+        members = reader.read_members(number)
+        yield from _check_headers(reader, number, shard.name)
+        if content_sha256(members) != row["content_sha256"]:
+            yield Finding(shard=shard.name, key=key, message="content hash differs from the index: its tensors changed")
+        sample = from_members(members)
+    except DatasetError as error:
+        text = str(error).removeprefix(f"{shard.name}: {key}: ")
+        member, _, message = text.partition(": ")
+        known = member in reader.member_names
+        yield Finding(shard=shard.name, key=key, member=member if known else "", message=message if known else text)
+        return
+    for name, value in describe_sample(sample, profile).items():
+        if row[name] != value:
+            yield Finding(shard=shard.name, key=key, message=f"index: {name} is {row[name]!r}, the record says {value!r}")
+    for name, expected, got in (
+        ("split", shard.split, sample.split),
+        ("source", shard.source, sample.source),
+        ("rope_mode", manifest.rope_mode, sample.rope_mode),
+    ):
+        if expected != got:
+            yield Finding(shard=shard.name, key=key, member="json", message=f"{name}: expected {expected!r}, got {got!r}")
+    for member, message in check_sample(sample, manifest.member_format, profile):
+        yield Finding(shard=shard.name, key=key, member=member, message=message)
+
+
+def _check_headers(reader: ShardReader, number: int, name: str) -> Iterator[Finding]:
+    """Compare the tar headers with the index: other readers go by them."""
+    row = reader.rows[number]
+    for member, offset, size in zip(reader.member_names, row["member_offsets"], row["member_sizes"], strict=True):
+        expected = tar_header(f"{row['key']}.{member}", size)
+        if reader.pread(BLOCK_BYTES, offset - BLOCK_BYTES) != expected:
+            yield Finding(shard=name, key=row["key"], member=member, message="tar header is not what the index says")
+
+
+def _check_totals(manifest: Manifest) -> Iterator[Finding]:
+    """Check that the manifest's sums are those of its shards, and that no record is unaccounted for."""
+    shards = manifest.shards
+    sums = add_up(("", shard.totals) for shard in shards).get("", Totals())
+    for name, expected, got in (
+        ("totals", sums, manifest.totals),
+        ("by_split", add_up((shard.split, shard.totals) for shard in shards), manifest.by_split),
+        ("by_source", add_up((shard.source, shard.totals) for shard in shards), manifest.by_source),
+        ("by_modality", add_up(pair for shard in shards for pair in shard.modalities.items()), manifest.by_modality),
+    ):
+        if expected != got:
+            yield Finding(shard=MANIFEST_NAME, message=f"{name} is not the sum over the shards")
+    num_rejected = sum(info.num_records for info in manifest.quarantine)
+    if sums.num_records + num_rejected != manifest.num_rows:
+        message = f"{manifest.num_rows} rows came in, but {sums.num_records} are in shards and {num_rejected} in the quarantine"
+        yield Finding(shard=MANIFEST_NAME, message=message)
+    if sum(manifest.rejects.values()) != num_rejected:
+        message = f"rejects add up to {sum(manifest.rejects.values())}, the quarantine holds {num_rejected}"
+        yield Finding(shard=MANIFEST_NAME, message=message)
+
+
+def _check_quarantine(folder: Path, manifest: Manifest) -> Iterator[Finding]:
+    for info in manifest.quarantine:
+        path = folder / QUARANTINE_FOLDER / info.name
+        if path.is_file():
+            try:
+                count = sum(1 for _ in read_quarantine(path))
+            except DatasetError as error:
+                yield Finding(shard=f"{QUARANTINE_FOLDER}/{info.name}", message=str(error))
+                continue
+            if count != info.num_records:
+                message = f"expected {info.num_records} records, got {count}"
+                yield Finding(shard=f"{QUARANTINE_FOLDER}/{info.name}", message=message)
+
+
+def _differing(before: Totals, now: Totals) -> str:
+    pairs = ((name, getattr(before, name), getattr(now, name)) for name in Totals.model_fields)
+    return ", ".join(f"{name} {a}, the index says {b}" for name, a, b in pairs if a != b)
