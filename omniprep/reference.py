@@ -18,11 +18,12 @@ from omniprep.records import Message, TextPart
 from omniprep.tokens.vocab import TextTokenizer
 from omniprep.types import Float32Array, Uint8Array
 
-_PLACEHOLDERS = {
+PLACEHOLDERS = {
     "audio": "<|audio_bos|><|AUDIO|><|audio_eos|>",
     "image": "<|vision_bos|><|IMAGE|><|vision_eos|>",
     "video": "<|vision_bos|><|VIDEO|><|vision_eos|>",
 }
+"""What the reference's chat template writes for a medium."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +50,11 @@ def render_chatml(messages: Sequence[Message], *, add_generation_prompt: bool = 
     """
     text = ""
     if messages[0].role != "system":
-        text += f"<|im_start|>system\n{system_prompt or QWEN2_5_OMNI.default_system_prompt}<|im_end|>\n"
+        text += (
+            f"<|im_start|>system\n{QWEN2_5_OMNI.default_system_prompt if system_prompt is None else system_prompt}<|im_end|>\n"
+        )
     for message in messages:
-        content = "".join(part.text if isinstance(part, TextPart) else _PLACEHOLDERS[part.type] for part in message.content)
+        content = "".join(part.text if isinstance(part, TextPart) else PLACEHOLDERS[part.type] for part in message.content)
         text += f"<|im_start|>{message.role}\n{content}<|im_end|>\n"
     return text + ("<|im_start|>assistant\n" if add_generation_prompt else "")
 

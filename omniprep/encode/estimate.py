@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from omniprep.encode.media_items import MediaSettings, OpenVideo, Resolve, plan_open_video
+from omniprep.encode.media_items import MediaEncoder, MediaSettings, OpenVideo, Resolve
 from omniprep.errors import Reason, RejectSample
 from omniprep.media.audio import probe_audio
 from omniprep.media.image import image_size, probe_image
@@ -45,10 +45,9 @@ def estimate_text(num_tokens: int) -> Estimate:
     return Estimate(num_tokens=num_tokens, stored_bytes=20 * num_tokens)
 
 
-def estimate_media(
-    part: MediaPart, resolve: Resolve, *, settings: MediaSettings, profile: ModelProfile, max_tokens: int | None
-) -> Estimate:
+def estimate_media(part: MediaPart, resolve: Resolve, encoder: MediaEncoder, *, max_tokens: int | None) -> Estimate:
     """Return the size of a media part. `max_tokens` is what a video's frames may take in the modes that use a budget."""
+    settings, profile = encoder.settings, encoder.profile
     match part:
         case AudioPart():
             media = resolve(part.audio)
@@ -58,7 +57,7 @@ def estimate_media(
             height, width = image_size(probe_image(media), part, settings.image, profile)
             return _vision(profile.grid_thw(1, height, width), 1, settings=settings, profile=profile)
         case VideoPart():
-            return _video(part, resolve, settings=settings, profile=profile, max_tokens=max_tokens)
+            return _video(part, resolve, encoder, max_tokens=max_tokens)
 
 
 def _sound(
@@ -90,9 +89,8 @@ def _vision(grid_thw: tuple[int, int, int], num_frames: int, *, settings: MediaS
     )
 
 
-def _video(
-    part: VideoPart, resolve: Resolve, *, settings: MediaSettings, profile: ModelProfile, max_tokens: int | None
-) -> Estimate:
+def _video(part: VideoPart, resolve: Resolve, encoder: MediaEncoder, *, max_tokens: int | None) -> Estimate:
+    settings, profile = encoder.settings, encoder.profile
     files: tuple[MediaFile, ...]
     track, info = Estimate(), None
     if part.frames_ready:
@@ -108,6 +106,6 @@ def _video(
             track = _sound(sound, part.video_start, part.video_end, settings=settings, profile=profile)
     video = OpenVideo(part=part, files=files, info=info, track=None)
     left = None if max_tokens is None else max(0, max_tokens - track.num_tokens)
-    plan = plan_open_video(video, settings=settings, profile=profile, max_tokens=left)
+    plan = encoder.plan(video, max_tokens=left)
     frames = _vision(plan.grid_thw, len(plan.times_s), settings=settings, profile=profile)
     return frames + track + Estimate(video_s=plan.times_s[-1] - plan.times_s[0])

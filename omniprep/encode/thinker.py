@@ -11,9 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from omniprep.encode import media_items
 from omniprep.encode.estimate import Estimate, estimate_media, estimate_text
-from omniprep.encode.media_items import MediaSettings, OpenVideo, Resolve
+from omniprep.encode.media_items import ComputeMel, MediaEncoder, MediaSettings, OpenVideo, Resolve
 from omniprep.errors import Reason, RejectSample
 from omniprep.profile import QWEN2_5_OMNI, ModelProfile
 from omniprep.records import AudioPart, Conversation, Document, ImagePart, MediaPart, Preference, Record, VideoPart
@@ -50,9 +49,13 @@ class _Media:
 class ThinkerEncoder:
     """Encodes records. Holds what is built once: tokenizer and template."""
 
-    def __init__(self, config: EncodeConfig, profile: ModelProfile = QWEN2_5_OMNI) -> None:
+    def __init__(
+        self, config: EncodeConfig, profile: ModelProfile = QWEN2_5_OMNI, *, compute_mel: ComputeMel | None = None
+    ) -> None:
+        """`compute_mel` replaces the mel backend that `config.audio` names."""
         self.config = config
         self.profile = profile
+        self.media = MediaEncoder(config, profile, compute_mel)
         self.tokenizer = load_tokenizer(config.tokenizer)
         self.template = ChatTemplate(config.template, profile)
 
@@ -118,11 +121,11 @@ class ThinkerEncoder:
     def _open_part(self, part: MediaPart, resolve: Resolve) -> "OpenVideo | _Sounds | _Picture":
         match part:
             case AudioPart():
-                return _Sounds(media_items.encode_audio(part, resolve, settings=self.config, profile=self.profile))
+                return _Sounds(self.media.audio(part, resolve))
             case ImagePart():
-                return _Picture(media_items.encode_image(part, resolve, settings=self.config, profile=self.profile))
+                return _Picture(self.media.image(part, resolve))
             case VideoPart():
-                return media_items.open_video(part, resolve, settings=self.config, profile=self.profile)
+                return self.media.open_video(part, resolve)
 
     def estimate(self, record: Record, *, resolve: Resolve) -> Estimate:
         """Return what a record will cost, from headers alone. A preference counts both its sequences.
@@ -142,7 +145,7 @@ class ThinkerEncoder:
         for run in sorted((run for run in runs if isinstance(run, MediaPiece)), key=lambda run: run.part.type == "video"):
             left = None if limit is None else max(0, limit - total.num_tokens)
             try:
-                total += estimate_media(run.part, resolve, settings=self.config, profile=self.profile, max_tokens=left)
+                total += estimate_media(run.part, resolve, self.media, max_tokens=left)
             except RejectSample as error:
                 raise error.at(run.place) from None
         return total
@@ -176,7 +179,7 @@ class ThinkerEncoder:
         match run:
             case _Sounds(items):
                 for sound in items:
-                    yield media_items.audio_run(sound, len(media.audio), self.profile)
+                    yield self.media.audio_run(sound, len(media.audio))
                     media.audio.append(sound)
             case _Picture(picture):
                 yield ImageRun(grid_thw=picture.grid_thw, item=len(media.vision))
@@ -190,17 +193,11 @@ class ThinkerEncoder:
                 yield run
 
     def _place_video(self, video: OpenVideo, media: _Media, max_tokens: int | None) -> VideoRun:
-        plan = media_items.plan_open_video(video, settings=self.config, profile=self.profile, max_tokens=max_tokens)
-        run = media_items.video_run(
-            video,
-            plan,
-            item=len(media.vision),
-            track_item=len(media.audio),
-            rope_mode=self.config.rope_mode,
-            reference_fps=self.config.reference_fps,
-            profile=self.profile,
-        )
-        media.vision.append(media_items.encode_video(video, plan, run, settings=self.config))
+        plan = self.media.plan(video, max_tokens=max_tokens)
+        # The reference's processor is told one rate for a whole call, and never the one that was sampled from a file.
+        claimed_fps = self.config.reference_fps if self.config.rope_mode == "reference" else None
+        run = self.media.video_run(video, plan, item=len(media.vision), track_item=len(media.audio), claimed_fps=claimed_fps)
+        media.vision.append(self.media.video(video, plan, run))
         if video.track is not None:
             media.audio.append(video.track)
         return run
