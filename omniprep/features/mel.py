@@ -125,17 +125,19 @@ def _log_mel_blocks(waveform: Float32Array, profile: ModelProfile) -> tuple[Floa
     maximum = -np.inf
     for first in range(0, num_frames, size):
         num = min(size, num_frames - first)
+        if num < size:  # the last block; slicing in every one would add up
+            windows, windowed, mel, squares = windows[:num], windowed[:num], mel[:num], squares[:, :num]
         start = first * hop - width // 2
         span = _span(waveform, start, start + (num - 1) * hop + width, _padded_length(num_samples, profile))
-        windowed[:num] = np.ndarray((num, width), np.float32, span, strides=(hop * span.itemsize, span.itemsize))
-        windowed[:num] *= windows[:num]
-        spectrum = rfft(windowed[:num])
-        power = np.square(spectrum.real, out=squares[0, :num])
-        power += np.square(spectrum.imag, out=squares[1, :num])
+        np.copyto(windowed, np.ndarray((num, width), np.float32, span, strides=(hop * span.itemsize, span.itemsize)))
+        windowed *= windows
+        spectrum = rfft(windowed)
+        power = np.square(spectrum.real, out=squares[0])
+        power += np.square(spectrum.imag, out=squares[1])
         for filters, bins, weights in _bands(profile):
-            np.matmul(power[:, bins], weights, out=mel[:num, filters])
-        np.log(mel[:num], out=mel[:num])
-        maximum = max(maximum, float(mel[:num].max()))
+            np.matmul(power[:, bins], weights, out=mel[:, filters])
+        np.log(mel, out=mel)
+        maximum = max(maximum, float(mel.max()))
         kept = max(min(num, num_valid - first), 0)
         result[:, first : first + kept] = mel[:kept].T
     return result, maximum
