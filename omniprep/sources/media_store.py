@@ -137,8 +137,13 @@ class MediaStore:
         try:
             with fsspec.open(url, "rb", **options) as handle:
                 data: bytes = handle.read(limit + 1)
-        except FileNotFoundError:
-            raise RejectSample(Reason.MEDIA_MISSING, f"{name:.200}: not found") from None
+        except FileNotFoundError as error:
+            # fsspec calls every http failure "not found"; its cause tells a missing file from a network that is down.
+            if error.__cause__ is None or getattr(error.__cause__, "status", None) in (404, 410):
+                raise RejectSample(Reason.MEDIA_MISSING, f"{name:.200}: not found") from None
+            raise RejectSample(
+                Reason.MEDIA_UNREADABLE, f"{name:.200}: {one_line(error.__cause__):.200}", retryable=True
+            ) from None
         except (ImportError, ValueError) as error:  # no such protocol, or its package is not installed
             raise RejectSample(Reason.MEDIA_UNREADABLE, f"{name:.200}: {one_line(error):.200}") from None
         except Exception as error:  # each fsspec backend has its own
