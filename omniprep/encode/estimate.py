@@ -91,19 +91,14 @@ def _vision(grid_thw: tuple[int, int, int], num_frames: int, *, settings: MediaS
 
 def _video(part: VideoPart, resolve: Resolve, encoder: MediaEncoder, *, max_tokens: int | None) -> Estimate:
     settings, profile = encoder.settings, encoder.profile
-    files: tuple[MediaFile, ...]
-    track, info = Estimate(), None
-    if part.frames_ready:
-        files = tuple(resolve(ref) for ref in (part.video if isinstance(part.video, tuple) else (part.video,)))
-        if part.audio_track is not None and part.audio_in_video != "off":
-            track = _sound(probe_audio(resolve(part.audio_track)), None, None, settings=settings, profile=profile)
-    else:
-        assert not isinstance(part.video, tuple)
-        files = (resolve(part.video),)
-        info = probe_video(files[0])
-        if info.has_audio and part.audio_in_video != "off":
-            sound = probe_audio(files[0])
-            track = _sound(sound, part.video_start, part.video_end, settings=settings, profile=profile)
+    files: tuple[MediaFile, ...] = tuple(resolve(ref) for ref in (part.video if isinstance(part.video, tuple) else (part.video,)))
+    info = None if part.frames_ready else probe_video(files[0])
+    sound = (
+        resolve(part.audio_track) if part.audio_track is not None else files[0] if info is not None and info.has_audio else None
+    )
+    track = Estimate()
+    if sound is not None and part.audio_in_video != "off":
+        track = _sound(probe_audio(sound), part.video_start, part.video_end, settings=settings, profile=profile)
     video = OpenVideo(part=part, files=files, info=info, track=None)
     left = None if max_tokens is None else max(0, max_tokens - track.num_tokens)
     plan = encoder.plan(video, max_tokens=left)

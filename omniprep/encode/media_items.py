@@ -97,11 +97,12 @@ class MediaEncoder:
         """Find a video, measure it and encode its sound if that is used."""
         if part.frames_ready:
             files = tuple(resolve(ref) for ref in (part.video if isinstance(part.video, tuple) else (part.video,)))
-            return OpenVideo(part=part, files=files, info=None, track=self._ready_track(part, resolve))
+            return OpenVideo(part=part, files=files, info=None, track=self._track(part, None, resolve))
         assert not isinstance(part.video, tuple)
         media = resolve(part.video)
         info = probe_video(media)
-        return OpenVideo(part=part, files=(media,), info=info, track=self._file_track(part, media, info))
+        track = self._track(part, media if info.has_audio else None, resolve)
+        return OpenVideo(part=part, files=(media,), info=info, track=track)
 
     def plan(self, video: OpenVideo, *, max_tokens: int | None = None) -> VideoPlan:
         """Choose the frames and their size; `max_tokens` is the share of the token budget for the modes that use one."""
@@ -154,35 +155,27 @@ class MediaEncoder:
             truncated_from_s=clip.truncated_from_s,
         )
 
-    def _ready_track(self, part: VideoPart, resolve: Resolve) -> EncodedAudio | None:
-        if part.audio_in_video == "off":
-            return None
-        if part.audio_track is None:
-            if part.audio_in_video == "on":
-                raise RejectSample(
-                    Reason.MEDIA_NO_STREAM, '"audio_in_video": "on" but the frames made ready have no `audio_track`'
-                )
-            return None
-        media = resolve(part.audio_track)
-        (clip,) = decode_audio(media, config=self.settings.audio, profile=self.profile, may_split=False)
-        return self._clip(clip, media.name)
+    def _track(self, part: VideoPart, media: MediaFile | None, resolve: Resolve) -> EncodedAudio | None:
+        """Return a video's sound: the file given as `audio_track`, or the track of the video file itself.
 
-    def _file_track(self, part: VideoPart, media: MediaFile, info: VideoInfo) -> EncodedAudio | None:
-        """Return the sound of a video file. A track too short for one token counts as silence under `auto`."""
+        Both are on the video's time line and cut as it is. A track too short for one token counts as silence under
+        `auto`. `media` is None where the video has no sound of its own.
+        """
         if part.audio_in_video == "off":
             return None
-        if not info.has_audio:
+        sound = resolve(part.audio_track) if part.audio_track is not None else media
+        if sound is None:
             if part.audio_in_video == "on":
                 raise RejectSample(
-                    Reason.MEDIA_NO_STREAM, f'{media.name}: "audio_in_video": "on" but the file has no sound track'
+                    Reason.MEDIA_NO_STREAM, '"audio_in_video": "on", but there is no sound track and no `audio_track`'
                 )
             return None
         config, start_s, end_s = self.settings.audio, part.video_start, part.video_end
         try:
-            (clip,) = decode_audio(media, start_s=start_s, end_s=end_s, config=config, profile=self.profile, may_split=False)
+            (clip,) = decode_audio(sound, start_s=start_s, end_s=end_s, config=config, profile=self.profile, may_split=False)
         except RejectSample as error:
             outside = error.reason in (Reason.AUDIO_TOO_SHORT, Reason.MEDIA_EMPTY, Reason.MEDIA_RANGE)
             if part.audio_in_video == "auto" and outside:
                 return None
             raise
-        return self._clip(clip, media.name)
+        return self._clip(clip, sound.name)
