@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from omniprep.errors import Reason, RejectSample
-from omniprep.media.containers import SAFE_DEMUXERS, audio_opener, num_missing_bytes
+from omniprep.media.containers import SAFE_DEMUXERS, audio_opener, is_whole_mpeg_audio, num_missing_bytes
 from omniprep.profile import ModelProfile
 from omniprep.types import Float32Array, MediaFile
 
@@ -82,6 +82,10 @@ def _check_file(media: MediaFile) -> str:
         with media.open() as file:
             head = file.read(16)
             missing = num_missing_bytes(file) if head else 0
+            opener = audio_opener(head)
+            if opener == "soundfile" and head[:1] in (b"\xff", b"I"):
+                file.seek(0)
+                opener = "soundfile" if is_whole_mpeg_audio(file) else "pyav"
     except FileNotFoundError:
         raise RejectSample(Reason.MEDIA_MISSING, f"{media.name}: no such file") from None
     except OSError as error:
@@ -93,7 +97,7 @@ def _check_file(media: MediaFile) -> str:
             Reason.MEDIA_TRUNCATED,
             f"{media.name}: the file ends {missing} bytes before its headers say; copy or download it again",
         )
-    return audio_opener(head)
+    return opener
 
 
 def mix_to_mono(samples: Float32Array) -> Float32Array:

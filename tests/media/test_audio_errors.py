@@ -158,6 +158,29 @@ def test_damage_in_the_middle_is_not_passed(encoded: Callable[..., bytes], capfd
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("damage", ["none", "junk", "hole", "cut", "before", "after"])
+def test_a_damaged_mp3_is_read_in_silence(encoded: Callable[..., bytes], capfd: pytest.CaptureFixture[str], damage: str) -> None:
+    data = encoded("a.mp3")
+    middle, junk = len(data) // 2, np.random.default_rng(0).integers(0, 256, 900, np.uint8).tobytes()
+    data = {
+        "none": data,
+        "junk": data[:middle] + junk + data[middle + 900 :],
+        "hole": data[:middle] + data[middle + 1_000 :],
+        "cut": data[: middle + 7],
+        "before": junk + data,
+        "after": data + junk,
+    }[damage]
+    try:
+        (clip,) = decode_audio(MediaFile(name="a.mp3", data=data))
+    except RejectSample as error:
+        assert damage != "none"
+        assert error.reason is Reason.MEDIA_CORRUPT
+    else:
+        assert clip.decoder == ("soundfile" if damage == "none" else "pyav")
+        assert len(clip.waveform) > 1.9 * RATE
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30])
 def test_samples_that_are_not_finite(value: float) -> None:
     samples = np.stack([wave(), wave()], axis=1)
