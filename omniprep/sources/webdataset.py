@@ -211,6 +211,8 @@ def _with_members(value: Any, media: dict[str, _Member], *, is_media: bool = Fal
         pairs = [_with_members(item, media, is_media=is_media) for item in value]
         return [item for item, _ in pairs], sum(num for _, num in pairs)
     if isinstance(value, dict):
+        if is_media and isinstance(value.get("path"), str) and value["path"] in media:
+            return _blob(media[value["path"]]), 1
         found = {key: _with_members(item, media, is_media=key in _MEDIA_KEYS) for key, item in value.items()}
         return {key: item for key, (item, _) in found.items()}, sum(num for _, num in found.values())
     return value, 0
