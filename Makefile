@@ -43,7 +43,7 @@ $(STAMP): pyproject.toml
 	echo "make: installing into $(VENV) with $$($$python --version); about 2 minutes, most of it PyTorch"; \
 	[ -x $(PY) ] || "$$python" -m venv $(VENV) || { \
 		echo "make: $$python cannot make a virtual environment; on Debian and Ubuntu install the package python3-venv" >&2; exit 1; }; \
-	$(PY) -m pip install --quiet --progress-bar off -e '.[torch,dev]' || { \
+	$(PY) -m pip install -qq --progress-bar off -e '.[torch,dev]' || { \
 		echo "make: pip could not install the packages (its own message is above); if that is the network, run the same command again: what was downloaded is kept" >&2; exit 1; }; \
 	rm -f $(VENV)/.installed-*; touch $@
 
@@ -51,7 +51,7 @@ samples: $(STAMP) ## fetch sample media into build/samples (pinned versions, che
 	@$(PY) scripts/fetch_samples.py $(SAMPLES)
 
 demo: $(STAMP) samples ## real conversations -> shards -> verify -> 20 training steps of a tiny Thinker
-	@$(PY) scripts/demo.py --samples $(SAMPLES) --build $(BUILD)/demo
+	@$(PY) scripts/demo.py
 
 lint: $(STAMP) ## ruff: rules and format
 	@$(VENV)/bin/ruff check .
@@ -70,7 +70,7 @@ bench: $(STAMP) samples ## every speed ratio that the docs claim, measured now
 	@OMNIPREP_SAMPLES=$(abspath $(SAMPLES)) $(PY) tests/benchmarks/run.py
 
 docs: $(STAMP) ## build the site into site/
-	@$(PY) -m pip install --quiet --progress-bar off -e '.[docs]'
+	@$(PY) -m pip install -qq --progress-bar off -e '.[docs]'
 	@$(VENV)/bin/mkdocs build --strict
 
 clean: ## remove build outputs and caches, keep .venv
