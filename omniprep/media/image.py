@@ -111,7 +111,8 @@ def load_rgb(media: MediaFile, *, max_source_pixels: int = _PILLOW_LIMIT) -> Uin
 
 def _read(media: MediaFile) -> bytes:
     try:
-        data = media.data if media.data is not None else media.open().read()
+        with media.open() as file:
+            data = file.read()
     except FileNotFoundError:
         raise RejectSample(Reason.MEDIA_MISSING, f"{media.name}: no such file") from None
     except OSError as error:

@@ -223,13 +223,13 @@ def _choose_decoder(media: MediaFile, info: VideoInfo, config: VideoConfig, *, s
     large = info.num_frames * info.height * info.width * 3 > _MAX_BYTES_FOR_DECORD
     if config.decoder == "pyav" or (config.decoder == "auto" and (info.decord_problem or sparse or large)):
         return "pyav", None
-    reader = open_decord(media, info)
+    reader = open_decord(media, info) if not info.decord_problem else None
     if reader is not None:
         return "decord", reader
     if config.decoder == "decord":
         raise RejectSample(
             Reason.MEDIA_CORRUPT,
-            f"{media.name}: decord does not read this file as it is ({info.decord_problem or 'it counts other frames'}); "
+            f"{media.name}: decord does not read this file right ({info.decord_problem or 'it counts other frames'}); "
             "set `video.decoder: auto`",
         )
     return "pyav", None

@@ -85,7 +85,7 @@ def open_video(media: MediaFile) -> tuple[Any, Any]:
 
     # An absolute path cannot be mistaken for a protocol ("concat:...").
     source = os.path.abspath(media.path) if media.path is not None else media.open()  # noqa: PTH100
-    container = av.open(source, options={"format_whitelist": _FORMATS})
+    container = av.open(source, options={"format_whitelist": _FORMATS}, metadata_errors="replace")
     return container, _video_stream(container)
 
 
@@ -102,12 +102,10 @@ def reading_video(media: MediaFile) -> Iterator[None]:
         yield
     except RejectSample as error:
         raise error if error.detail.startswith(media.name) else error.at(media.name) from None
-    except av.error.InvalidDataError as error:
+    except (PermissionError, IsADirectoryError) as error:
+        raise RejectSample(Reason.MEDIA_UNREADABLE, f"{media.name}: {error.strerror}", retryable=True) from None
+    except av.error.FFmpegError as error:
         raise _unreadable(media, error) from None
-    except (av.error.FFmpegError, ValueError) as error:
-        if isinstance(error, PermissionError):
-            raise RejectSample(Reason.MEDIA_UNREADABLE, f"{media.name}: permission denied", retryable=True) from None
-        raise RejectSample(Reason.MEDIA_CORRUPT, f"{media.name}: not readable as a video: {error}") from None
 
 
 def _video_stream(container: Any) -> Any:
@@ -137,8 +135,9 @@ def _unreadable(media: MediaFile, error: Exception) -> RejectSample:
             Reason.MEDIA_CORRUPT,
             f"{media.name}: expected a video, got a picture; give it as an image part or as a list of frames",
         )
+    why = getattr(error, "strerror", None) or type(error).__name__
     return RejectSample(
-        Reason.MEDIA_CORRUPT, f"{media.name}: not a video file that libav knows (starts with {head[:8]!r}): {error}"
+        Reason.MEDIA_CORRUPT, f"{media.name}: not a video file that libav knows (starts with {head[:8]!r}): {why}"
     )
 
 
