@@ -78,19 +78,23 @@ def is_whole_mpeg_audio(file: BinaryIO) -> bool:
 
     libmpg123 writes to the standard error about any other file, and libsndfile cannot quieten it.
     """
-    data = file.read()
+    head = file.read(10)
     position = 0
-    if data[:3] == b"ID3" and len(data) > 10:
-        position = 10 + (data[6] << 21 | data[7] << 14 | data[8] << 7 | data[9]) + (10 if data[5] & 0x10 else 0)
-    end = len(data) - 3
-    if position >= end:
-        return False
-    while position < end:
-        size = _mpeg_frame_size(data[position], data[position + 1], data[position + 2])
+    if head[:3] == b"ID3" and len(head) == 10:
+        position = 10 + (head[6] << 21 | head[7] << 14 | head[8] << 7 | head[9]) + (10 if head[5] & 0x10 else 0)
+    data, start, num_frames = b"", 0, 0
+    while True:
+        if position + 3 > start + len(data):
+            file.seek(position)
+            data, start = file.read(1 << 20), position
+            if len(data) < 3:  # the end, which the last frame must have reached and not passed
+                return num_frames > 0 and position == file.seek(0, os.SEEK_END)
+        place = position - start
+        size = _mpeg_frame_size(data[place], data[place + 1], data[place + 2])
         if not size:
-            return data[position : position + 3] in (b"TAG", b"APE", b"LYR")
+            return num_frames > 0 and data[place : place + 3] in (b"TAG", b"APE", b"LYR")
         position += size
-    return position <= len(data)
+        num_frames += 1
 
 
 def num_missing_bytes(file: BinaryIO) -> int:

@@ -26,6 +26,8 @@ SEEK_LEAD_S = 1.0
 """How much is decoded and dropped before a cut that was sought: codecs need some packets to settle (Opus 80 ms)."""
 SHORTFALL_S = 0.25
 """How much a file may end before what its header says. Headers round to packets, and some count the encoder's delay."""
+GAP_S = 0.1
+"""Time stamps this far ahead of the samples are a pause in the sound; less is rounding (1 ms in Matroska) or jitter."""
 _SEEKABLE_DEMUXERS = ("mov", "matroska")
 _EXACT_DEMUXERS = ("mov", "avi", "wav", "w64", "aiff", "caf", "au", "flac")
 """Demuxers whose stream durations come from the header, not from a guess by bit rate."""
@@ -223,28 +225,17 @@ def _pyav_track(container: Any, name: str) -> SoundTrack:
 def _read_pyav(
     container: Any, stream: Any, name: str, *, info: AudioInfo, promised: int | None, first: int, stop: int | None
 ) -> Iterator[Float32Array]:
-    position = _seek(container, stream, info, first)
     block: list[npt.NDArray[Any]] = []
-    num_in_block, done = 0, False
-    for frame in _frames(container, stream, name):
-        if frame.sample_rate != info.sample_rate_hz or frame.layout.nb_channels != info.num_channels:
-            raise RejectSample(
-                Reason.MEDIA_CORRUPT,
-                f"{name}: sound changes from {info.sample_rate_hz} Hz, {info.num_channels} channels to {frame.sample_rate} Hz, "
-                f"{frame.layout.nb_channels} channels in the middle; re-encode the file",
-            )
-        if position is None:  # after seeking, time stamps say where the first frame belongs
-            position = _position_after_seek(stream, info, frame)
-        last = position + frame.samples
-        if promised is not None and position < promised < last:
-            last = promised  # a track's last packet is padded to full length; the header says where sound ends
-        if stop is not None and last >= stop:
-            last, done = stop, True
+    num_in_block, end = 0, 0
+    for position, samples in _placed_samples(container, stream, name, info=info, first=first):
+        end = position + len(samples)
+        if promised is not None and position < promised < end:
+            end = promised  # a track's last packet is padded to full length; the header says where sound ends
+        done = stop is not None and end >= stop
+        last = stop if stop is not None and done else end
         if last > first:
-            samples = _samples(frame)[max(first - position, 0) : last - position]
-            block.append(samples)
-            num_in_block += len(samples)
-        position += frame.samples
+            block.append(samples[max(first - position, 0) : last - position])
+            num_in_block += len(block[-1])
         if block and (num_in_block >= BLOCK_SAMPLES or done):
             yield _float_mono(block)
             block, num_in_block = [], 0
@@ -252,9 +243,43 @@ def _read_pyav(
             return
     if block:
         yield _float_mono(block)
-    end_s = (position or 0) / info.sample_rate_hz
+    end_s = end / info.sample_rate_hz
     if promised is not None and promised / info.sample_rate_hz - end_s > SHORTFALL_S:
         raise _cut_off(name, end_s, promised / info.sample_rate_hz)
+
+
+def _placed_samples(
+    container: Any, stream: Any, name: str, *, info: AudioInfo, first: int
+) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+    """Yield (position of the first sample in the track, (n, channels) samples) from sample `first` or before it.
+
+    Samples are counted; where time stamps jump ahead of the count (a pause in a recording), silence keeps the rest in time.
+    """
+    position = _seek(container, stream, info, first)
+    for frame in _frames(container, stream, name):
+        if frame.sample_rate != info.sample_rate_hz or frame.layout.nb_channels != info.num_channels:
+            raise RejectSample(
+                Reason.MEDIA_CORRUPT,
+                f"{name}: sound changes from {info.sample_rate_hz} Hz, {info.num_channels} channels to {frame.sample_rate} Hz, "
+                f"{frame.layout.nb_channels} channels in the middle; re-encode the file",
+            )
+        samples = _samples(frame)
+        stamped = _stamped_position(stream, info, frame)
+        if position is None:  # after seeking, time stamps alone say where the first frame belongs
+            position = stamped or 0
+        if stamped is not None and stamped - position > GAP_S * info.sample_rate_hz:
+            for start in range(position, stamped, BLOCK_SAMPLES):
+                yield (
+                    start,
+                    np.full(
+                        (min(BLOCK_SAMPLES, stamped - start), samples.shape[1]),
+                        128 if samples.dtype == np.uint8 else 0,
+                        samples.dtype,
+                    ),
+                )
+            position = stamped
+        yield position, samples
+        position += len(samples)
 
 
 def _seek(container: Any, stream: Any, info: AudioInfo, first: int) -> int | None:
@@ -266,9 +291,10 @@ def _seek(container: Any, stream: Any, info: AudioInfo, first: int) -> int | Non
     return None
 
 
-def _position_after_seek(stream: Any, info: AudioInfo, frame: Any) -> int:
-    if frame.pts is None:
-        return 0
+def _stamped_position(stream: Any, info: AudioInfo, frame: Any) -> int | None:
+    """Return the sample at which a frame starts by its time stamp, None where the format's stamps are not to be trusted."""
+    if frame.pts is None or stream.start_time is None or info.container not in _SEEKABLE_DEMUXERS:
+        return None
     return round(float((frame.pts - stream.start_time) * stream.time_base) * info.sample_rate_hz)
 
 

@@ -203,6 +203,19 @@ def test_a_file_whose_time_stamps_start_late_begins_at_0(tmp_path: Path, run_ffm
     assert onset_s(one(path, 1.5)) == pytest.approx(0.5, abs=0.03)
 
 
+@pytest.mark.parametrize("name", ["a.mkv", "a.mp4"])
+def test_a_pause_in_the_track_keeps_the_rest_in_time(tmp_path: Path, run_ffmpeg: RunFfmpeg, name: str) -> None:
+    soundfile.write(tmp_path / "in.wav", clicks(48_000, 5.0), 48_000)
+    path = tmp_path / name
+    run_ffmpeg("-i", tmp_path / "in.wav", "-af", "aselect='not(between(t,1.5,3.5))'", "-c:a", "aac", path)
+    wave = one(path)
+    assert len(wave) == pytest.approx(5 * RATE, abs=0.05 * RATE)
+    loud = np.flatnonzero(np.abs(wave) > 0.2) / RATE
+    assert {round(time_s) for time_s in loud} == {0, 1, 4}  # those at 2 and 3 s were cut out
+    assert np.all(np.abs(loud - np.round(loud)) < 0.03)
+    assert onset_s(one(path, 3.75)) == pytest.approx(0.25, abs=0.03)
+
+
 def test_an_edit_list_that_hides_the_start_is_kept(tmp_path: Path, run_ffmpeg: RunFfmpeg) -> None:
     path = video_with_clicks(run_ffmpeg, tmp_path, "a.mp4")
     cut = tmp_path / "cut.mp4"
