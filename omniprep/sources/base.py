@@ -2,7 +2,7 @@
 
 import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pydantic import Field, field_validator
 
@@ -61,7 +61,7 @@ class FilesSource(SourceBase):
     def _accept_one_path(cls, value: object) -> object:
         return (str(value),) if isinstance(value, (str, Path)) else value
 
-    def below(self, folder: Path) -> "FilesSource":
+    def below(self, folder: Path) -> Self:
         """Return the source with its relative paths, `media_root` included, placed below `folder`."""
         changes: dict[str, Any] = {"path": tuple(below(folder, path) for path in self.path)}
         if self.media_root is not None:

@@ -86,7 +86,8 @@ def to_record(
         native: Mapping[str, Any] = row
         if meta_columns:
             native = {key: item for key, item in row.items() if key not in meta}
-            native = {**native, "meta": {**meta, **native.get("meta", {})}}
+            given = native.get("meta")
+            native = {**native, "meta": {**meta, **given} if isinstance(given, Mapping) else given or meta}
         return parse_record(native)
     _refuse_unsupported(row, kind)
     record = _convert(row, kind, tags, use_audio_in_video)

@@ -81,7 +81,8 @@ def chat_messages(value: object, tags: Tags, *, place: str) -> list[dict[str, An
 def _message(turn: Mapping[str, Any], role: str, content: object) -> dict[str, Any]:
     message: dict[str, Any] = {"role": role, "content": "" if content is None else content}
     if turn.get("tool_calls"):
-        message["tool_calls"] = [_call(call) for call in turn["tool_calls"]]
+        calls = turn["tool_calls"]
+        message["tool_calls"] = [_call(call) for call in calls] if isinstance(calls, (list, tuple)) else calls
     if isinstance(turn.get("loss"), bool):
         message["loss"] = turn["loss"]
     elif turn.get("weight") == 0:  # OpenAI's fine-tuning files
@@ -139,15 +140,19 @@ def tool_list(tools: object) -> list[dict[str, Any]]:
     """
     if tools is None or tools == "":
         return []
-    try:
-        given = json.loads(tools) if isinstance(tools, str) else tools
-    except ValueError:
-        raise RejectSample(Reason.SCHEMA_INVALID, f"tools: expected JSON text, got {tools!r:.80}") from None
+    given = _json_if_text(tools, "tools")
     given = given if isinstance(given, (list, tuple)) else [given]
     found = []
     for number, item in enumerate(given):
-        tool = json.loads(item) if isinstance(item, str) and item.startswith("{") else item  # Arrow: a list of JSON texts
+        tool = _json_if_text(item, f"tools.{number}")  # in Arrow tables: a list of JSON texts
         if not isinstance(tool, Mapping):
             raise RejectSample(Reason.SCHEMA_INVALID, f"tools.{number}: expected an object, got {item!r:.80}")
         found.append(dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)})
     return found
+
+
+def _json_if_text(value: object, place: str) -> Any:
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        raise RejectSample(Reason.SCHEMA_INVALID, f"{place}: expected JSON text, got {value!r:.80}") from None

@@ -70,7 +70,8 @@ def _count_marks(messages: list[dict[str, Any]], media: MediaColumns) -> Counter
 
 
 def _is_empty_part(part: object, media: MediaColumns) -> bool:
-    return isinstance(part, Mapping) and part.get("type") in media.items and part["type"] not in part
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    return isinstance(kind, str) and kind in media.items and kind not in part  # type: ignore[operator]
 
 
 def _placed(message: dict[str, Any], where: str, queues: Mapping[str, Iterator[Any]], media: MediaColumns) -> dict[str, Any]:
@@ -135,5 +136,7 @@ def _in_front(messages: list[dict[str, Any]], parts: list[dict[str, Any]]) -> li
     if first is None:
         raise RejectSample(Reason.PLACEHOLDER_MISMATCH, f"{len(parts)} media without marks, and no user message to put them in")
     content = messages[first]["content"]
+    if not isinstance(content, (str, list, tuple)):
+        return messages  # not a message: the record's own check says what it should be
     rest = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
     return [*messages[:first], {**messages[first], "content": [*parts, *rest]}, *messages[first + 1 :]]

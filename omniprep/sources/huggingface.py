@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from omniprep.errors import ConfigError
 from omniprep.sources.base import SourceBase, below, plain_row
@@ -53,7 +53,7 @@ class HuggingFaceSource(SourceBase):
         dataset = _load(self)
         json_columns = [name for name, feature in dataset.features.items() if type(feature).__name__ == "Json"]
         arrow = dataset.with_format("arrow")
-        base = self._base_of(str(Path(self.path) / "data")) if Path(self.path).exists() else self._hub_base()
+        base = self._base_of(self._some_file())
         index = partition.first_row
         for piece in partition.slices:
             for start in range(piece.row, piece.row + piece.num_rows, _BATCH_ROWS):
@@ -63,12 +63,19 @@ class HuggingFaceSource(SourceBase):
                     yield Row(index=index, place=f"{piece.name}[{number}]", value=plain_row(parsed), base=base)
                     index += 1
 
-    def _hub_base(self) -> str:
+    def _some_file(self) -> str:
+        """Return a path in the folder that media paths are relative to: the dataset's, its data files', or the hub's cache."""
+        if Path(self.path).exists():
+            return str(Path(self.path) / "data")
+        if self.data_files:
+            return self.data_files[0]
+        if self.data_dir:
+            return str(Path(self.data_dir) / "data")
         import datasets
 
-        return self._base_of(str(Path(datasets.config.HF_CACHE_HOME) / "data"))
+        return str(Path(datasets.config.HF_CACHE_HOME) / "data")
 
-    def below(self, folder: Path) -> "HuggingFaceSource":
+    def below(self, folder: Path) -> Self:
         """Return the source with relative paths placed below `folder`; a `path` that is no folder there is a name."""
         changes: dict[str, Any] = {"path": below(folder, self.path)} if (folder / self.path).exists() else {}
         if self.data_files is not None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omniprep.errors import Reason, RejectSample
@@ -392,6 +392,26 @@ def test_a_row_of_no_format_is_told_what_is_known() -> None:
             Reason.SCHEMA_INVALID,
             "tools.0: expected an object, got 5",
         ),
+        (
+            {"conversations": [{"from": "human", "value": "?"}], "tools": ["{"]},
+            Reason.SCHEMA_INVALID,
+            "tools.0: expected JSON text, got '{'",
+        ),
+        (
+            {"query": True, "images": ["a.png"]},
+            Reason.SCHEMA_INVALID,
+            "messages.0.content: expected a string or a list; got True",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "", "tool_calls": -1}], "images": []},
+            Reason.SCHEMA_INVALID,
+            "messages.0.tool_calls: expected a list; got -1",
+        ),
+        (
+            {"messages": [user({"type": [], "image": "a"})], "images": []},
+            Reason.SCHEMA_INVALID,
+            "messages.0.content.0: expected a part with one of the keys",
+        ),
         ({"query": "?", "history": [["q"]]}, Reason.SCHEMA_INVALID, "history.0: expected [question, answer], got ['q']"),
         ({"instruction": 5}, Reason.SCHEMA_INVALID, "expected text in `instruction` or `input`"),
         ({"text": 5}, Reason.SCHEMA_INVALID, "text: expected a string, got 5"),
@@ -408,6 +428,63 @@ def test_what_cannot_be_converted_is_told_with_its_place(row: dict[str, Any], re
     assert given is reason
     assert text.startswith(detail)
     assert "\n" not in text
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 2)
+    | st.sampled_from(["", "<image>", "a", '{"name": "f"}', "[]", "user", "gpt", "tool_call"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                ["role", "from", "content", "value", "type", "image", "text", "tool_calls", "function", "name", "weight"]
+            ),
+            inner,
+        )
+    ),
+    max_leaves=10,
+)
+COLUMNS = [
+    "messages",
+    "conversations",
+    "query",
+    "response",
+    "history",
+    "instruction",
+    "input",
+    "output",
+    "prompt",
+    "completion",
+    "chosen",
+]
+COLUMNS += [
+    "rejected",
+    "rejected_response",
+    "rejected_messages",
+    "images",
+    "videos",
+    "audios",
+    "image",
+    "text",
+    "parts",
+    "system",
+    "tools",
+]
+COLUMNS += ["label", "meta", "id", "split"]
+FORMATS = ["auto", "messages", "sharegpt", "swift", "trl", "alpaca", "text"]
+
+
+@settings(max_examples=300)
+@given(
+    row=st.dictionaries(st.sampled_from(COLUMNS), json_values, max_size=5), kind=st.sampled_from(FORMATS), paired=st.booleans()
+)
+def test_any_json_in_any_format_is_a_record_or_a_one_line_rejection(row: dict[str, Any], kind: Any, paired: bool) -> None:
+    try:
+        to_record(row, kind, use_audio_in_video=paired, meta_columns=("output",))
+    except RejectSample as error:
+        assert "\n" not in error.detail
 
 
 def test_id_split_meta_and_chosen_columns_are_kept() -> None:
