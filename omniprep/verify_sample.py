@@ -7,7 +7,7 @@ import numpy as np
 
 from omniprep.profile import IGNORE_INDEX, QWEN2_5_OMNI, ModelProfile
 from omniprep.shards.members import MemberFormat
-from omniprep.types import EncodedAudio, EncodedSample, EncodedVision, Layout, Segment
+from omniprep.types import EncodedAudio, EncodedSample, EncodedVision, Int32Array, Layout, Segment
 
 Problem = tuple[str, str]
 """(member, what is wrong)."""
@@ -45,7 +45,7 @@ def check_layout(layout: Layout, sample: EncodedSample, profile: ModelProfile) -
     yield from _check_placeholders(layout, sample, profile)
     if len(ids) and int(positions.min()) < 0:
         yield f"positions reach down to {positions.min()}"
-    yield from _check_positions(layout, sample)
+    yield from _check_positions(layout, sample, profile)
 
 
 def _check_supervision(segment: Segment, layout: Layout) -> Iterator[str]:
@@ -83,7 +83,7 @@ def _check_placeholders(layout: Layout, sample: EncodedSample, profile: ModelPro
             yield f"{tower} item {number}: expected {wanted} placeholder tokens, got {got} ({count} in all)"
 
 
-def _check_positions(layout: Layout, sample: EncodedSample) -> Iterator[str]:
+def _check_positions(layout: Layout, sample: EncodedSample, profile: ModelProfile) -> Iterator[str]:
     """Check that text counts up by one, media never run backwards in time, and blocks do not meet.
 
     In `reference` mode the text after a video with sound may start inside of it, as it does in the reference.
@@ -94,11 +94,20 @@ def _check_positions(layout: Layout, sample: EncodedSample) -> Iterator[str]:
     last = -1
     for start, stop, kinds, is_interleaved in _blocks(layout, sample):
         block = layout.position_ids[:, start:stop]
-        if kinds <= {"text", "control"} and not ((block == block[0]).all() and (np.diff(block[0]) == 1).all()):
+        if kinds <= {"text", "control"} and not _counts_up(layout.input_ids[start:stop], block, profile):
             yield f"text [{start}, {stop}) does not count up by one in all three rows"
         if sample.rope_mode == "aligned" and int(block.min()) <= last:
             yield f"[{start}, {stop}) starts at position {int(block.min())}, not above {last} where the block before it ends"
         last = max(last, int(block.max())) if not (is_interleaved and sample.rope_mode == "reference") else int(block.max())
+
+
+def _counts_up(ids: Int32Array, block: Int32Array, profile: ModelProfile) -> bool:
+    """Return whether text positions step by one; the two opening (closing) tokens of a video with sound share theirs."""
+    special = profile.special
+    opens = (ids[:-1] == special.vision_bos) & (ids[1:] == special.audio_bos)
+    closes = (ids[:-1] == special.audio_eos) & (ids[1:] == special.vision_eos)
+    steps = np.diff(block[0])
+    return bool((block == block[0]).all() and ((steps == 1) | ((steps == 0) & (opens | closes))).all())
 
 
 def _blocks(layout: Layout, sample: EncodedSample) -> Iterator[tuple[int, int, set[str], bool]]:

@@ -18,7 +18,18 @@ LAYERS = {
 }
 ONLY_IN = {"ray": {"run/ray.py"}, "torch": {"train/", "features/", "media/", "reference.py", "verify_reference.py"}}
 """Libraries that only these files or folders may import."""
-NEVER_AT_THE_TOP = {"torch", "torchvision", "torchaudio", "transformers", "av", "decord", "ray", "datasets", "librosa", "webdataset"}
+NEVER_AT_THE_TOP = {
+    "torch",
+    "torchvision",
+    "torchaudio",
+    "transformers",
+    "av",
+    "decord",
+    "ray",
+    "datasets",
+    "librosa",
+    "webdataset",
+}
 """Libraries that are imported where they are used, so that a run that needs none of them loads none."""
 
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -65,8 +65,6 @@ def cluster():
         yield on_ray
 
 
-
-
 @pytest.mark.ray
 @pytest.mark.filterwarnings("ignore")
 class TestRay:
@@ -76,7 +74,10 @@ class TestRay:
 
     def test_builds_once_a_worker_with_one_thread(self, cluster, tmp_path: Path) -> None:
         options = cluster.RayOptions(num_workers=2)
-        got = [result for _, result in cluster.map_partitions(partial(build_counting, tmp_path), range(8), options, cache_key="count")]
+        got = [
+            result
+            for _, result in cluster.map_partitions(partial(build_counting, tmp_path), range(8), options, cache_key="count")
+        ]
         assert {threads for _, _, threads in got} == {"1"}
         marks = {path.name: path.read_text() for path in tmp_path.iterdir()}
         assert marks == {f"built-{pid}": "x" for pid in {pid for _, pid, _ in got}}
