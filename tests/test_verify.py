@@ -173,6 +173,8 @@ def array(name: str, at, value: int):
 
 TOKENS = media_sample().layouts["tokens"]
 SEGMENTS = TOKENS.segments
+FOLDED = TOKENS.position_ids * 0 + np.arange(len(TOKENS.labels)) % 28
+NOT_A_NUMBER = replace(audio_item(), mel=np.full((128, 100), np.nan, np.float32))
 
 
 @pytest.mark.parametrize(
@@ -231,8 +233,7 @@ def test_a_broken_picture_is_named(change: dict, message: str) -> None:
 
 
 def test_blocks_may_meet_in_reference_mode_only() -> None:
-    positions = TOKENS.position_ids * 0 + np.arange(len(TOKENS.labels)) % 28
-    sample = replace(changed(position_ids=positions), rope_mode="reference")
+    sample = replace(changed(position_ids=FOLDED), rope_mode="reference")
     assert not any("not above" in text for _, text in check_sample(sample, MemberFormat()))
 
 

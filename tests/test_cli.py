@@ -1,0 +1,154 @@
+"""The command line: its options are frozen, its exit codes mean something, its errors are one line."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from omniprep import __version__
+from omniprep.cli import app
+from omniprep.shards.manifest import Manifest
+from tests.prepare_builders import chat, write_media, write_recipe, write_rows
+
+COMMANDS = ("prepare", "plan", "verify", "inspect", "encode", "schema")
+OPTIONS = {
+    "prepare": {"--out", "--workers", "--executor", "--address", "--limit", "--overwrite", "--no-overwrite", "--json"},
+    "plan": {"--workers", "--executor", "--address", "--limit", "--json"},
+    "verify": {"--against", "--limit", "--json"},
+    "inspect": set(),
+    "encode": {"--out", "--rope-mode", "--add-generation-prompt", "--no-add-generation-prompt", "--max-tokens", "--json"},
+    "schema": {"--out"},
+}
+
+
+def run(*arguments: object, code: int = 0):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+    assert result.exit_code == code, result.output + str(result.exception)
+    return result
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    write_media(tmp_path / "data")
+    rows = [chat(0), chat(1, {"audio": "a.wav"}), "{", chat(3, {"image": "i.png"}), chat(4, {"image": "missing.png"})]
+    return write_recipe(tmp_path, rows, encode={"max_tokens": 50})
+
+
+def test_options_do_not_change_silently() -> None:
+    import typer
+
+    group = typer.main.get_command(app)
+    assert set(group.commands) == set(COMMANDS)  # type: ignore[attr-defined]
+    for name, command in group.commands.items():  # type: ignore[attr-defined]
+        found = {text for option in command.params for text in (*option.opts, *option.secondary_opts) if text.startswith("--")}
+        assert found - {"--help"} == OPTIONS[name], name
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(command: str) -> None:
+    assert re.search(rf"Example: omniprep {command} \S", run(command, "--help").output)
+
+
+def test_version() -> None:
+    assert run("--version").output == f"omniprep {__version__}\n"
+
+
+def test_prepare_verify_inspect(recipe: Path, tmp_path: Path) -> None:
+    result = run("prepare", recipe)
+    assert "2 records in 1 shards" in result.output
+    assert "rejected: 3 (media_missing 1, schema_invalid 1, too_many_tokens 1)" in result.output
+    assert run("verify", tmp_path / "out").output.endswith("2 records in 1 shards: all is as it must be\n")
+    assert "chat-00000003" in run("inspect", tmp_path / "out").output
+    assert "answer 3" in run("inspect", tmp_path / "out", "id-3").output
+
+
+def test_prepare_as_json_is_the_manifest(recipe: Path, tmp_path: Path) -> None:
+    result = run("prepare", recipe, "--json", "--out", tmp_path / "elsewhere", "--limit", 1)
+    assert Manifest.model_validate_json(result.stdout).num_rows == 1
+    assert (tmp_path / "elsewhere" / "manifest.json").is_file()
+
+
+def test_findings_give_exit_code_1(recipe: Path, tmp_path: Path) -> None:
+    run("prepare", recipe)
+    (tmp_path / "out" / "train-00000.parquet").unlink()
+    assert "train-00000.parquet: missing" in run("verify", tmp_path / "out", code=1).stdout
+    found = json.loads(run("verify", tmp_path / "out", "--json", code=1).stdout)
+    assert found["findings"][0]["shard"] == "train-00000.parquet"
+
+
+def test_nothing_stored_gives_exit_code_1(tmp_path: Path) -> None:
+    assert "no record was stored: all 2 were rejected" in run("prepare", write_recipe(tmp_path, ["{", "{"]), code=1).stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["prepare", "nowhere.yaml"], 2, "nowhere.yaml: cannot be read: No such file or directory"),
+        (["verify", "nowhere"], 1, "manifest.json is missing, so this is no dataset"),
+        (["inspect", "nowhere"], 1, "manifest.json is missing"),
+        (["schema", "nothing.json"], 2, "no schema 'nothing.json'; there are conversation.json"),
+        (["encode", "nowhere.jsonl", "--out", "x"], 2, "no file matches 'nowhere.jsonl'"),
+    ],
+)
+def test_a_users_mistake_is_one_line(arguments: list[str], code: int, message: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments, code=code)
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_wrong_options_give_exit_code_2(recipe: Path) -> None:
+    run("prepare", recipe, "--wrokers", 2, code=2)
+    run("prepare", recipe, "--workers", 0, code=2)
+
+
+def test_plan_agrees_with_what_is_made(recipe: Path, tmp_path: Path) -> None:
+    planned = json.loads(run("plan", recipe, "--json").stdout)["totals"]
+    assert not (tmp_path / "out").exists()
+    assert planned["rejects"] == {"media_missing": 1, "schema_invalid": 1}
+    assert (planned["num_rows"], planned["num_probed"], planned["num_over_length"]) == (5, 3, 1)
+    path = write_recipe(tmp_path, [chat(0), chat(1, {"audio": "a.wav"}), chat(3, {"image": "i.png"})])
+    planned = json.loads(run("plan", path, "--json").stdout)["totals"]
+    made = json.loads(run("prepare", path, "--json").stdout)["totals"]
+    for name in ("num_tokens", "num_mel_frames", "num_patches", "audio_s"):
+        assert planned[name] == made[name], name
+    assert planned["longest"]["place"] == "chat: chat.jsonl:2"
+
+
+def test_plan_shows_lengths_and_advice(recipe: Path) -> None:
+    output = run("plan", recipe).output
+    assert "0+ tokens         3" in output
+    assert "run.rows_per_partition:" in output
+    assert "rejected: 1 media_missing" in output
+
+
+def test_encode_writes_npz_and_tells_what_it_cannot(tmp_path: Path) -> None:
+    import numpy as np
+
+    file = write_rows(tmp_path / "rows.jsonl", [chat(0), "{"])
+    result = run("encode", file, "--out", tmp_path / "npz", code=1)
+    assert "rows.jsonl:2: schema_invalid" in result.stderr
+    with np.load(tmp_path / "npz" / "id-0.npz") as arrays:
+        assert arrays["input_ids"].ndim == arrays["labels"].ndim
+    assert json.loads(run("encode", file, "--out", tmp_path / "npz", "--json", code=1).stdout.splitlines()[0])["key"] == "id-0"
+
+
+def test_schema_prints_and_writes(tmp_path: Path) -> None:
+    names = run("schema").stdout.split()
+    assert "conversation.json" in names
+    assert json.loads(run("schema", "conversation.json").stdout)["$id"] == "conversation.json"
+    run("schema", "--out", tmp_path / "schemas")
+    assert sorted(path.name for path in (tmp_path / "schemas").iterdir()) == sorted(names)
+
+
+def test_a_bug_keeps_its_traceback_and_a_pipe_may_close(recipe: Path) -> None:
+    closed = f"{sys.executable} -m omniprep schema conversation.json | head -c 1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", closed], capture_output=True, text=True, check=False)
+    assert done.stdout == "{"
+    assert "Traceback" not in done.stderr
