@@ -1,4 +1,4 @@
-"""JSON Schemas of what users write, made from the pydantic models.
+"""JSON Schemas of what users write and read, made from the pydantic models.
 
 `schemas/` in the repository holds what `write_schemas` writes; a test fails when they differ. The models read some
 shorter spellings before they check (`"content": "text"`); those are added here, so a file that a schema accepts is
@@ -11,7 +11,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from omniprep.recipe import Recipe
 from omniprep.records import Conversation, Document, Preference
+from omniprep.shards.manifest import Manifest
 
 JsonSchema = dict[str, Any]
 
@@ -19,6 +21,8 @@ MODELS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("conversation.json", Conversation),
     ("preference.json", Preference),
     ("document.json", Document),
+    ("recipe.json", Recipe),
+    ("manifest.json", Manifest),
 )
 """(file name, model) of every schema; add a line to publish another model."""
 
@@ -60,9 +64,6 @@ def _with_spellings(schema: JsonSchema) -> JsonSchema:
     if "MediaBlob" in models:  # JSON has no bytes: they come in Parquet, HF `datasets` and tars
         models["MediaBlob"]["properties"].pop("bytes")
         models["MediaBlob"]["required"] = ["path"]
-    for name in ("TextPart", "ImagePart", "AudioPart", "VideoPart"):
-        if name in models:
-            _add_part_spellings(models[name])
     if "Preference" in models:
         for key in ("prompt", "chosen", "rejected"):
             _add_choice(models["Preference"], key, {"type": "string"}, {"$ref": "#/$defs/Message"})
@@ -70,9 +71,12 @@ def _with_spellings(schema: JsonSchema) -> JsonSchema:
         models["Document"]["properties"]["text"] = {"type": "string", "description": "Short for one text part."}
         models["Document"]["required"].remove("parts")
         models["Document"]["oneOf"] = [{"required": ["parts"]}, {"required": ["text"]}]
-    for name in ("Conversation", "Preference", "Document"):
-        if name in models:
-            _add_choice(models[name], "id", {"type": "integer"})
+    for name in models.keys() & {"Conversation", "Preference", "Document"}:
+        _add_choice(models[name], "id", {"type": "integer"})
+    for name in models.keys() & {"JsonlSource", "ParquetSource", "WebDatasetSource"}:
+        _add_choice(models[name], "path", {"type": "string"})
+    for name in models.keys() & {"ImagePart", "AudioPart", "VideoPart"}:
+        _add_part_spellings(models[name])
     return schema
 
 
@@ -92,8 +96,6 @@ def _allow_bare_call(tool_call: JsonSchema) -> None:
 def _add_part_spellings(part: JsonSchema) -> None:
     """Let `{"type": "image", "url": ...}` and `{"image_url": {"url": ...}}` stand for `{"image": ...}`."""
     kind = part["properties"]["type"]["const"]
-    if kind == "text":
-        return
     part["properties"]["type"] = {**part["properties"]["type"], "enum": [kind, f"{kind}_url"]}
     part["properties"]["type"].pop("const")
     medium = part["properties"][kind]

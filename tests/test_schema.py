@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from omniprep.config import read_yaml
 from omniprep.errors import RejectSample
 from omniprep.records import parse_record
 from omniprep.schema import dump_schema, schemas, write_schemas
@@ -58,7 +59,9 @@ REFUSED = [
 
 def test_the_files_in_the_repository_are_up_to_date() -> None:
     committed = {path.name: path.read_text(encoding="utf-8") for path in FOLDER.glob("*.json")}
-    assert committed == {name: dump_schema(schema) for name, schema in schemas().items()}, "run `omniprep schema` and commit"
+    assert committed == {name: dump_schema(schema) for name, schema in schemas().items()}, (
+        "run `omniprep schema --out schemas` and commit"
+    )
 
 
 def test_write_schemas_writes_what_schemas_returns(tmp_path: Path) -> None:
@@ -79,7 +82,14 @@ def test_schema_and_parser_refuse_the_same_rows(name: str, row: dict[str, Any]) 
     assert not pytest.importorskip("jsonschema").Draft202012Validator(schemas()[f"{name}.json"]).is_valid(row)
 
 
-def test_every_field_of_a_schema_is_described_or_named_by_its_model() -> None:
+@pytest.mark.parametrize("recipe", sorted((FOLDER.parent / "pipelines").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_recipes_that_we_ship_fit_their_schema(recipe: Path) -> None:
+    validator = pytest.importorskip("jsonschema").Draft202012Validator(schemas()["recipe.json"])
+    validator.validate(read_yaml(recipe))
+    assert not validator.is_valid({**read_yaml(recipe), "outputt": "x"})
+
+
+def test_every_model_of_a_schema_is_described() -> None:
     for name, schema in schemas().items():
-        for title, model in schema["$defs"].items():
+        for title, model in {schema["title"]: schema, **schema["$defs"]}.items():
             assert model.get("description"), f"{name}: {title} has no description"
