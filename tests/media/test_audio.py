@@ -1,6 +1,8 @@
 """Sound of every kind of file: equal to librosa where soundfile reads, in the right place in time where PyAV does."""
 
+import json
 import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -373,3 +375,49 @@ def test_torchaudio_backend_is_taken_where_it_is_asked_for(tmp_path: Path) -> No
     expected = one(tmp_path / "a.wav")
     assert clip.waveform.shape == expected.shape
     assert 0 < np.abs(clip.waveform - expected).max() < 0.02
+
+
+# The reference's own loader ------------------------------------------------------------------------------------------------
+
+
+_LOAD = """
+import json, sys
+import numpy as np
+from qwen_omni_utils.v2_5.audio_process import process_audio_info
+
+part, output = json.loads(sys.argv[1]), sys.argv[2]
+(wave,) = process_audio_info([{"role": "user", "content": [part]}], part["type"] == "video")
+np.save(output, wave)
+"""
+
+
+def loaded_by_reference(part: dict[str, object], output: Path) -> Float32Array:
+    """Return what qwen_omni_utils makes of one part; in a process of its own, because audioread leaves its pipes open."""
+    pytest.importorskip("qwen_omni_utils")
+    subprocess.run([sys.executable, "-W", "ignore", "-c", _LOAD, json.dumps(part), output], check=True, capture_output=True)
+    wave: Float32Array = np.load(output)
+    return wave
+
+
+@pytest.mark.reference
+def test_a_file_equals_the_references_loader(tmp_path: Path) -> None:
+    path = tmp_path / "a.flac"
+    soundfile.write(path, tone(44_100, 2.0, 2), 44_100)
+    part: dict[str, object] = {"type": "audio", "audio": str(path), "audio_start": 0.31, "audio_end": 1.77}
+    np.testing.assert_array_equal(one(path, 0.31, 1.77), loaded_by_reference(part, tmp_path / "reference.npy"))
+
+
+@pytest.mark.reference
+def test_the_sound_of_a_video_equals_the_references_but_for_its_16_bits(
+    tmp_path: Path, run_ffmpeg: RunFfmpeg, ffmpeg: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ffmpeg").symlink_to(ffmpeg)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")  # the reference runs the ffmpeg that it finds
+    soundfile.write(tmp_path / "in.wav", tone(44_100, 4.0, 2), 44_100)
+    path = tmp_path / "a.mp4"
+    run_ffmpeg("-f", "lavfi", "-i", "testsrc=size=64x48:duration=4", "-i", tmp_path / "in.wav", path)
+    part: dict[str, object] = {"type": "video", "video": str(path), "video_start": 1.5, "video_end": 3.25}
+    expected = loaded_by_reference(part, tmp_path / "reference.npy")
+    wave = one(path, 1.5, 3.25)
+    assert len(wave) == len(expected)
+    assert np.abs(wave - expected).max() < 2**-14
