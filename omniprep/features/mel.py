@@ -9,7 +9,7 @@ The reference (`WhisperFeatureExtractor`, as `Qwen2_5OmniProcessor` calls it) pa
 
 Frames are processed in blocks that stay in the second-level cache: window, real FFT, power, mel (four small products,
 because a mel filter is zero outside a narrow band), logarithm. Nothing but the result grows with the clip. On one core
-(AVX-512) 30 s take about 3 ms; the window and FFT are two thirds of that.
+(AVX-512) 30 s take about 3.7 ms, as long as a bare float32 FFT, power and mel product of the same frames.
 """
 
 from functools import lru_cache

@@ -8,6 +8,7 @@ Times are on the file's own time line as a player shows it: presentation time mi
 [start_s, end_s) is on that line, and `AudioClip.start_s` says where the first kept sample is, so a track that begins 0.5 s
 after its video has `start_s=0.5`. Within a track samples are counted, as the reference does; only a cut that starts
 more than 10 s into an MP4 or Matroska track is sought by time stamp (Matroska's are milliseconds, so it may be off by one).
+Where an MP4's or Matroska's time stamps jump ahead by over 0.1 s, silence fills the pause, so that what follows stays in time.
 
 A video's sound keeps the decoder's precision; the reference reads it through a 16-bit pipe, which differs by up to 2^-16.
 """
