@@ -9,6 +9,8 @@ A dataset in `rope_mode: aligned` is proven by the two together: its own positio
 that laid it out against the reference wherever the reference has an answer.
 """
 
+import importlib.metadata
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,16 +26,18 @@ from omniprep.errors import DatasetError, Reason, RejectSample
 from omniprep.features.mel import log_mel
 from omniprep.media.frames import decode_frames
 from omniprep.profile import ModelProfile
+from omniprep.receipts import read_inputs_folder
 from omniprep.recipe import Recipe
 from omniprep.records import AudioPart, Conversation, Document, Message, Preference, Record, TextPart
 from omniprep.reference import PLACEHOLDERS, Reference, ReferenceInput, render_chatml
 from omniprep.shards.index import read_index
-from omniprep.shards.manifest import read_manifest
+from omniprep.shards.manifest import read_manifest, write_manifest
 from omniprep.shards.reader import ShardReader
 from omniprep.sources.media_store import MediaStore
 from omniprep.sources.partitions import Row
 from omniprep.tokens.vocab import ADDED_TOKENS
 from omniprep.types import EncodedSample, Float32Array
+from omniprep.verify import Finding
 
 MEL_TOLERANCE = 1e-4
 """Between float32 spectra of two libraries (values span 2)."""
@@ -74,16 +78,44 @@ def compare_with_reference(folder: Path, recipe_folder: Path, *, limit: int | No
         yield side.compare(stored, row)
 
 
-def summary(comparisons: Sequence[Comparison], version: str) -> str:
-    """Return one line for the manifest's parity stamp and the terminal."""
-    compared = [item for item in comparisons if not item.skipped]
-    equal = sum(not item.divergence for item in compared)
-    return (
-        f"transformers {version}: {equal} of {len(compared)} records equal, "
-        f"{len(comparisons) - len(compared)} without a reference; "
-        f"mel within {max((item.mel_error for item in compared), default=0.0):.1e}, "
-        f"pixels within {max((item.pixel_error for item in compared), default=0.0):.1e}"
-    )
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """What the comparison of a dataset with the reference found."""
+
+    comparisons: tuple[Comparison, ...]
+    version: str
+    """Of transformers."""
+
+    @property
+    def findings(self) -> list[Finding]:
+        """Return the divergences."""
+        return [Finding(key=item.key, message=item.divergence) for item in self.comparisons if item.divergence]
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Return how many records the reference has no answer for, by reason."""
+        return dict(Counter(item.skipped for item in self.comparisons if item.skipped))
+
+    def __str__(self) -> str:
+        compared = [item for item in self.comparisons if not item.skipped]
+        mel_error = max((item.mel_error for item in compared), default=0.0)
+        pixel_error = max((item.pixel_error for item in compared), default=0.0)
+        return (
+            f"transformers {self.version}: {len(compared) - len(self.findings)} of {len(compared)} compared records are equal "
+            f"(mel within {mel_error:.1e}, pixels within {pixel_error:.1e})"
+        )
+
+
+def verify_against_transformers(folder: Path, *, limit: int | None = None, inputs: Path | None = None) -> Parity:
+    """Compare `limit` records spread evenly over a dataset, or all, and put the result into the manifest if all are equal.
+
+    `inputs` is the folder that the recipe's relative paths start from, if it is no longer where `prepare` found it.
+    """
+    comparisons = tuple(compare_with_reference(folder, inputs or read_inputs_folder(folder), limit=limit))
+    parity = Parity(comparisons=comparisons, version=importlib.metadata.version("transformers"))
+    if not parity.findings and any(not item.skipped for item in comparisons):
+        write_manifest(folder, read_manifest(folder).model_copy(update={"parity": str(parity)}))
+    return parity
 
 
 def _spread(places: Sequence[Any], limit: int | None) -> list[Any]:

@@ -16,30 +16,71 @@ TokenRun = tuple[list[int], list[bool] | bool]
 
 
 def encode_pieces(pieces: Sequence[Piece], tokenizer: TextTokenizer, policy: TextPolicy) -> list[TokenRun | MediaPiece]:
-    """Return token runs and media places in order. Raises `RejectSample` (`CONTROL_TOKEN`) under the policy `reject`."""
+    """Return token runs and media places in order; no two neighbouring runs have one supervision throughout.
+
+    Raises `RejectSample` (`CONTROL_TOKEN`) under the policy `reject`.
+    """
+    stretches = _stretches(pieces)
+    # One call of the tokenizer for a whole record: its cost a call is that of a short text.
+    texts = {index: text for index, stretch in enumerate(stretches) if (text := _plain_text(stretch)) is not None}
+    encoded = dict(zip(texts, tokenizer.encode_texts(list(texts.values()), policy=policy), strict=True))
+    runs = _Runs()
+    for index, stretch in enumerate(stretches):
+        if isinstance(stretch, ControlPiece):
+            runs.add([stretch.token_id], stretch.supervised)
+        elif isinstance(stretch, MediaPiece):
+            runs.add_apart(stretch)
+        elif index in encoded:
+            runs.add(encoded[index], stretch[0].supervised)
+        elif len(stretch) == 1:
+            runs.add(tokenizer.encode_constant(stretch[0].text), stretch[0].supervised)
+        else:
+            runs.add_apart(_encode_mixed(stretch, tokenizer, policy))
+    return runs.finish()
+
+
+class _Runs:
+    """Joins neighbours of one supervision: fewer, longer runs are what the rest of the encoder is fast on."""
+
+    def __init__(self) -> None:
+        self._runs: list[TokenRun | MediaPiece] = []
+        self._ids: list[int] = []
+        self._supervised = False
+
+    def add(self, ids: list[int], supervised: bool) -> None:
+        if supervised != self._supervised:
+            self._close()
+            self._supervised = supervised
+        self._ids += ids
+
+    def add_apart(self, run: TokenRun | MediaPiece) -> None:
+        self._close()
+        self._runs.append(run)
+
+    def finish(self) -> list[TokenRun | MediaPiece]:
+        self._close()
+        return self._runs
+
+    def _close(self) -> None:
+        if self._ids:
+            self._runs.append((self._ids, self._supervised))
+            self._ids = []
+
+
+def _stretches(pieces: Sequence[Piece]) -> list[list[TextPiece] | ControlPiece | MediaPiece]:
+    """Return the pieces with the text between two that must be encoded in one go put together."""
     stretches: list[list[TextPiece] | ControlPiece | MediaPiece] = []
+    open_text: list[TextPiece] | None = None
     for piece in pieces:
         if not isinstance(piece, TextPiece):
+            open_text = None
             stretches.append(piece)
-        elif stretches and isinstance(stretches[-1], list) and not _border_is_safe(stretches[-1][-1].text, piece.text):
-            stretches[-1].append(piece)
+        elif open_text is not None and not _border_is_safe(open_text[-1].text, piece.text):
+            open_text.append(piece)
         else:
-            stretches.append([piece])
-    plain = [_plain_text(stretch) for stretch in stretches if isinstance(stretch, list)]
-    encoded = iter(tokenizer.encode_texts([text for text in plain if text is not None], policy=policy))
-    runs: list[TokenRun | MediaPiece] = []
-    for stretch in stretches:
-        if isinstance(stretch, MediaPiece):
-            runs.append(stretch)
-        elif isinstance(stretch, ControlPiece):
-            runs.append(([stretch.token_id], stretch.supervised))
-        elif _plain_text(stretch) is not None:
-            runs.append((next(encoded), stretch[0].supervised))
-        elif len(stretch) == 1:
-            runs.append((tokenizer.encode_constant(stretch[0].text), stretch[0].supervised))
-        else:
-            runs.append(_encode_mixed(stretch, tokenizer, policy))
-    return runs
+            open_text = [piece]
+            stretches.append(open_text)
+    return stretches
 
 
 def _border_is_safe(left: str, right: str) -> bool:
@@ -50,8 +91,10 @@ def _border_is_safe(left: str, right: str) -> bool:
     return left.endswith("\n") and not right[0].isspace()
 
 
-def _plain_text(stretch: Sequence[TextPiece]) -> str | None:
+def _plain_text(stretch: list[TextPiece] | ControlPiece | MediaPiece) -> str | None:
     """Return the text of a stretch with one supervision throughout that needs the batch encoder, else None."""
+    if not isinstance(stretch, list):
+        return None
     if len(stretch) == 1:
         return None if stretch[0].constant else stretch[0].text
     if all(piece.supervised == stretch[0].supervised for piece in stretch):
