@@ -156,12 +156,19 @@ def verify(
         Optional[Literal["transformers"]],  # noqa: UP045
         typer.Option(help="Also derive samples anew with the installed transformers and compare."),
     ] = None,
-    limit: Annotated[Optional[int], typer.Option(min=1, help="With --against: samples to derive; default: all.")] = None,  # noqa: UP045
+    limit: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="With --against: how many records, spread over the dataset; default: all."),
+    ] = None,
+    inputs: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="With --against: where the recipe's relative paths start; default: where it was built."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Prove that a dataset is what its manifest says: digests, index, schema, and every rule of every record.
 
-    Example: [bold]omniprep verify build/sft[/bold]
+    Example: [bold]omniprep verify build/sft --against transformers[/bold]
     """
     with plain_errors():
         from dataclasses import asdict
@@ -170,18 +177,25 @@ def verify(
         from omniprep.verify import verify as check
 
         findings = list(check(dataset))
-        manifest = read_manifest(dataset)
+        parity = ""
         if against is not None:
             from omniprep.verify_reference import verify_against_transformers
 
-            findings += verify_against_transformers(dataset, limit=limit)
+            compared = verify_against_transformers(dataset, limit=limit, inputs=inputs)
+            parity = str(compared)
+            parity += "".join(f"\n{count} without a reference: {why}" for why, count in sorted(compared.skipped.items()))
+            findings += compared.findings
+        manifest = read_manifest(dataset)
         if as_json:
-            _print(json.dumps({"num_records": manifest.totals.num_records, "findings": [asdict(found) for found in findings]}))
+            values = {"num_records": manifest.totals.num_records, "parity": parity}
+            _print(json.dumps({**values, "findings": [asdict(found) for found in findings]}))
         else:
-            for found in findings:
-                _print(str(found))
+            for finding in findings:
+                _print(str(finding))
             records = f"{manifest.totals.num_records:,} records in {len(manifest.shards)} shards"
             _print(f"{records}: {len(findings)} findings" if findings else f"{records}: all is as it must be")
+            if parity:
+                _print(parity)
         if findings:
             raise typer.Exit(EXIT_FINDINGS)
 

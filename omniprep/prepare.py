@@ -206,7 +206,8 @@ def prepare(recipe: Recipe, *, overwrite: bool = False, show: Callable[[int, int
     """
     worker = Worker(recipe.anchored())
     jobs = plan_jobs(worker.located)
-    with open_build(worker.folder, recipe.identity(), overwrite=overwrite):
+    place = Path(worker.recipe.folder)
+    with open_build(worker.folder, recipe.identity(), overwrite=overwrite, inputs_folder=place):
         remove_later_partitions(worker.folder, len(jobs))
         receipts = {job.number: receipt for job in jobs if (receipt := _finished(worker, job)) is not None}
         todo = [job for job in jobs if job.number not in receipts]

@@ -22,6 +22,7 @@ from omniprep.shards.quarantine import BLOBS_FOLDER, QUARANTINE_FOLDER
 
 RECEIPTS_FOLDER = "receipts"
 _RECIPE_NAME = "recipe.json"
+_PLACE_NAME = "place.json"
 _LOCK_NAME = "lock"
 
 
@@ -127,7 +128,7 @@ def remove_unused_blobs(folder: Path, used: set[str]) -> None:
 
 
 @contextmanager
-def open_build(folder: Path, identity: Mapping[str, Any], *, overwrite: bool) -> Iterator[None]:
+def open_build(folder: Path, identity: Mapping[str, Any], *, overwrite: bool, inputs_folder: Path = Path()) -> Iterator[None]:
     """Hold a build's folder: made, locked against a second build, of this very recipe, without half-written files.
 
     Raises `ConfigError` if another build runs there, if it holds something else, or was built from another recipe and
@@ -145,11 +146,26 @@ def open_build(folder: Path, identity: Mapping[str, Any], *, overwrite: bool) ->
         except OSError:
             raise ConfigError(f"output {folder}: another `omniprep prepare` is writing there; wait for it") from None
         _claim(folder, identity, overwrite=overwrite)
+        place = json.dumps({"inputs_folder": str(inputs_folder.absolute())}) + "\n"
+        write_file(folder / RECEIPTS_FOLDER / _PLACE_NAME, place.encode("ascii"))
         remove_partials(folder)
         try:
             yield
         finally:
             remove_partials(folder)
+
+
+def read_inputs_folder(folder: Path) -> Path:
+    """Return the folder that the recipe's relative paths started from when the dataset was last built, on that machine.
+
+    It is not part of the dataset, which is the same wherever its inputs lay. Raises `ConfigError` if it is not known.
+    """
+    try:
+        return Path(json.loads((folder / RECEIPTS_FOLDER / _PLACE_NAME).read_bytes())["inputs_folder"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(
+            f"{folder}: it is not known where its inputs were; name the folder of its recipe with --inputs"
+        ) from None
 
 
 def _claim(folder: Path, identity: Mapping[str, Any], *, overwrite: bool) -> None:

@@ -18,7 +18,7 @@ COMMANDS = ("prepare", "plan", "verify", "inspect", "encode", "schema")
 OPTIONS = {
     "prepare": {"--out", "--workers", "--executor", "--address", "--limit", "--overwrite", "--no-overwrite", "--json"},
     "plan": {"--workers", "--executor", "--address", "--limit", "--json"},
-    "verify": {"--against", "--limit", "--json"},
+    "verify": {"--against", "--limit", "--inputs", "--json"},
     "inspect": set(),
     "encode": {"--out", "--rope-mode", "--add-generation-prompt", "--no-add-generation-prompt", "--max-tokens", "--json"},
     "schema": {"--out"},
@@ -70,6 +70,25 @@ def test_prepare_as_json_is_the_manifest(recipe: Path, tmp_path: Path) -> None:
     result = run("prepare", recipe, "--json", "--out", tmp_path / "elsewhere", "--limit", 1)
     assert Manifest.model_validate_json(result.stdout).num_rows == 1
     assert (tmp_path / "elsewhere" / "manifest.json").is_file()
+
+
+@pytest.mark.reference
+@pytest.mark.filterwarnings("ignore")
+def test_verify_against_transformers_stamps_the_manifest(recipe: Path, tmp_path: Path) -> None:
+    run("prepare", recipe)
+    found = json.loads(run("verify", tmp_path / "out", "--against", "transformers", "--limit", 2, "--json").stdout)
+    assert found["findings"] == []
+    assert "2 of 2 compared records are equal" in found["parity"]
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["parity"] == found["parity"]
+    assert run("verify", tmp_path / "out").exit_code == 0
+    assert json.loads(run("prepare", recipe, "--json").stdout)["parity"] == found["parity"]
+
+
+def test_against_needs_to_know_where_the_recipe_was(recipe: Path, tmp_path: Path) -> None:
+    run("prepare", recipe)
+    (tmp_path / "out" / "receipts" / "place.json").unlink()
+    result = run("verify", tmp_path / "out", "--against", "transformers", code=2)
+    assert "name the folder of its recipe with --inputs" in result.stderr
 
 
 def test_findings_give_exit_code_1(recipe: Path, tmp_path: Path) -> None:
