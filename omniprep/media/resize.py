@@ -27,6 +27,9 @@ import numpy as np
 from omniprep.errors import ConfigError
 from omniprep.types import ResizeMode, Uint8Array
 
+_STRIP_ROWS = 128
+"""Rows that the exact resize turns at a time; the intermediate picture of an 8K frame would otherwise take 400 MB."""
+
 
 def resize_frame(frame: Uint8Array, *, height: int, width: int, mode: ResizeMode, kind: Literal["image", "video"]) -> Uint8Array:
     """Return `frame` (H, W, 3) uint8 as (height, width, 3) uint8, contiguous; unchanged if it has that size.
@@ -85,16 +88,21 @@ def _resize_float(frame: Uint8Array, height: int, width: int) -> Uint8Array:
     torch = _torch()
     source_height, source_width, _ = frame.shape
     with torch.inference_mode():
-        pixels = _tensor(frame)
+        rows = _tensor(frame)
         if source_width != width:
-            turned = pixels.permute(1, 0, 2).contiguous().view(1, 1, source_width, source_height * 3).float()
-            turned = _rows_to(turned, width)
-            pixels = turned.view(width, source_height, 3).permute(1, 0, 2).contiguous()
-        rows = pixels.reshape(1, 1, source_height, width * 3).float()
+            rows = torch.cat([_narrow(strip, width) for strip in rows.split(_STRIP_ROWS)])
+        rows = rows.reshape(1, 1, source_height, width * 3).float()
         if source_height != height:
             rows = _rows_to(rows, height)
         resized: Uint8Array = rows.round_().clamp_(0, 255).to(torch.uint8).view(height, width, 3).numpy()
         return resized
+
+
+def _narrow(strip: Any, width: int) -> Any:
+    """Resize (R, W, 3) uint8 to (R, width, 3) float32."""
+    num_rows, source_width, _ = strip.shape
+    turned = strip.permute(1, 0, 2).reshape(1, 1, source_width, num_rows * 3).float()
+    return _rows_to(turned, width).view(width, num_rows, 3).permute(1, 0, 2)
 
 
 def _rows_to(rows: Any, num_rows: int) -> Any:

@@ -23,6 +23,8 @@ _DECORD_CODECS = ("h264", "hevc", "vp8", "vp9", "mpeg4", "mjpeg")
 _DECORD_PIXELS = ("yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p")
 _MAX_PACKETS_TO_FIRST_FRAME = 300
 _MAX_MOVIE_BOX = 64 << 20
+_MIN_SHARE_STAMPED = 0.9
+_UNSTAMPED = np.iinfo(np.int64).min
 _SEEKABLE_FORMATS = ("mov", "matroska", "avi")
 
 
@@ -70,6 +72,8 @@ def probe_video(media: MediaFile) -> VideoInfo:
     with reading_video(media):
         container, stream = open_video(media)
         packets, rotation, pixel_format = _scan(container, stream, may_be_turned=_may_be_turned(media))
+        if not packets.num_read:
+            raise RejectSample(Reason.MEDIA_EMPTY, "the video stream has no packets")
         if not len(packets) or not pixel_format:
             if _index_ends_behind_file(stream, media):
                 raise RejectSample(Reason.MEDIA_TRUNCATED, "the file ends before its first frame; fetch it again")
@@ -246,14 +250,17 @@ def _sorted_packets(
     durations: list[int],
 ) -> _Packets:
     known = [stamp for stamp in pts if stamp is not None]
-    if len(known) < len(pts) or len(set(known)) < len(known):  # no time stamps (raw streams, some AVI): count instead
+    if len(known) < _MIN_SHARE_STAMPED * len(pts) or len(set(known)) < len(known):  # raw streams: count instead
         shown = ~hidden
         return _Packets(
             pts=None, sizes=sizes[shown], keys=keys[shown], last_duration=0, num_read=len(pts), num_hidden=int(hidden.sum())
         )
-    stamps = np.array(known, np.int64)
-    if keys.any():
-        hidden = hidden | (stamps < stamps[keys].min())  # leading pictures of an open group that was cut off
+    # A few packets without a stamp lean on what was cut off before the file's start; no decoder shows them.
+    stamps = np.array([_UNSTAMPED if stamp is None else stamp for stamp in pts], np.int64)
+    hidden = hidden | (stamps == _UNSTAMPED)
+    entries = stamps[keys & (stamps != _UNSTAMPED)]  # a frame that an edit list hides is decoded all the same
+    if len(entries):
+        hidden = hidden | (stamps < entries.min())  # leading pictures of an open group that was cut off
     order = np.argsort(stamps, kind="stable")
     order = order[~hidden[order]]
     return _Packets(
@@ -316,7 +323,7 @@ def _decord_problem(container: Any, stream: Any, packets: _Packets, pixel_format
         f"container {container.format.name}": container.format.name.split(",")[0] not in _DECORD_FORMATS,
         f"codec {codec}": codec not in _DECORD_CODECS,
         f"pixel format {pixel_format}": pixel_format not in _DECORD_PIXELS,
-        "hidden frames (edit list)": packets.num_hidden > 0,
+        "hidden frames (edit list, open start)": packets.num_hidden > 0,
         "frames without time stamps": packets.pts is None,
         "several video streams": len(container.streams.video) > 1,
     }

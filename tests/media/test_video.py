@@ -198,6 +198,37 @@ def test_an_edit_list_hides_its_frames(make, plain):
     assert info.frame_times_s[0] == pytest.approx(0, abs=0.03)
 
 
+def test_frames_that_lean_on_what_was_cut_off_are_not_counted(make):
+    """An open group of pictures, cut at its key frame: its leading frames cannot be decoded."""
+    options = ["-c:v", "libx265", "-preset", "fast", "-x265-params", "open-gop=1:keyint=20:log-level=none"]
+    whole = make("open.mkv", *PICTURE, *options)
+    media = copy_of(make, whole, "open_cut.mkv", "-ss", "1.7")
+    info = probe_video(media)
+    times, expected = by_plain_decoding(media)
+    assert info.num_frames == len(expected)
+    np.testing.assert_allclose(info.frame_times_s, times, atol=1e-6)
+    np.testing.assert_array_equal(all_frames(media, info), expected)
+
+
+def test_cover_art_is_not_the_video(make, plain):
+    cover = make("cover.png", "-i", plain.path, "-frames:v", "1", "-vf", "scale=64:64")
+    both = ["-i", plain.path, "-i", cover.path, "-map", "0", "-map", "1", "-c", "copy", "-disposition:v:1", "attached_pic"]
+    info = probe_video(make("with_cover.mp4", *both))
+    assert (info.width, info.num_frames) == (192, 100)
+    assert "several video streams" in info.decord_problem
+
+
+def test_fragments_and_raw_streams_are_read(make, plain):
+    fragmented = copy_of(make, plain, "fragments.mp4", after=["-movflags", "frag_keyframe+empty_moov"])
+    raw = copy_of(make, plain, "raw.h264", after=["-an"])
+    _, expected = by_plain_decoding(plain)
+    for media in (fragmented, raw):
+        info = probe_video(media)
+        assert info.num_frames == 100
+        np.testing.assert_array_equal(np.stack(list(read_pyav(media, info, [0, 11, 99]))), expected[[0, 11, 99]])
+    assert probe_video(raw).frame_pts is None
+
+
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
 def test_times_count_from_the_start_of_the_file(make, plain, suffix):
     media = copy_of(make, plain, f"late.{suffix}", after=["-output_ts_offset", "5"])
