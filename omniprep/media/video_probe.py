@@ -1,4 +1,4 @@
-"""What a video file holds, from its packets: frame times, sizes, key frames, rotation; one frame is decoded.
+"""What a video file holds, from its packets: frame times, sizes, key frames, rotation.
 
 PyAV (libav) reads every packet's header and time stamp, which costs about 1 ms per 100 frames. The times are those of
 presentation, so B-frames, variable frame rate, edit lists and offsets need no guesses. Time zero is the container's
@@ -64,7 +64,7 @@ class VideoInfo:
 
 
 def probe_video(media: MediaFile) -> VideoInfo:
-    """Return the facts of a video file: reads all packets, decodes one frame.
+    """Return the facts of a video file: reads all packets, decodes at most one frame (an MP4 whose tracks are upright: none).
 
     Raises `RejectSample`: `MEDIA_EMPTY`, `MEDIA_MISSING`, `MEDIA_UNREADABLE`, `MEDIA_CORRUPT`, `MEDIA_TRUNCATED`,
     `MEDIA_NO_STREAM`.
