@@ -79,7 +79,11 @@ def _files_are_there(folder: Path, receipt: Receipt) -> bool:
     tars = all(_size(folder / shard.name) == shard.num_bytes for shard in receipt.shards)
     indices = all(_size(folder / shard.index_name) > 0 for shard in receipt.shards)
     rejected = receipt.quarantine
-    return tars and indices and (rejected is None or _size(folder / QUARANTINE_FOLDER / rejected.name) > 0)
+    if rejected is None:
+        return tars and indices
+    quarantine = folder / QUARANTINE_FOLDER
+    blobs = all((quarantine / BLOBS_FOLDER / blob).is_file() for blob in rejected.blobs)
+    return tars and indices and blobs and (quarantine / rejected.name).is_file()
 
 
 def _size(path: Path) -> int:

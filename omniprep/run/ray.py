@@ -138,6 +138,7 @@ def _session(options: RayOptions) -> Iterator[int]:
 
 
 def _start(ray: Any, options: RayOptions) -> None:
+    logging.getLogger("ray").setLevel(logging.ERROR)  # notes on how it protects its own ports, and the like
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": False}
     runtime = {"env_vars": WORKER_ENVIRONMENT}
     if options.address is not None:
