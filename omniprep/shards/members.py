@@ -42,6 +42,7 @@ SEQUENCES: dict[SampleKind, tuple[str, ...]] = {"sequence": ("tokens",), "prefer
 _JSON = "json"
 _MEL = "mel.npy"
 _FRAMES: dict[FrameFormat, str] = {"jpeg": "frames.mjpg", "raw": "frames.npy"}
+_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False, default=str)
 _TOKEN_ROWS = 5  # input_ids, labels, temporal, height, width
 
 
@@ -219,7 +220,7 @@ def _describe(sample: EncodedSample) -> bytes:
 
 
 def _dumps(value: object) -> str:
-    return json.dumps(value, separators=(",", ":"), allow_nan=False, default=str)
+    return _ENCODER.encode(value)
 
 
 def _audio_facts(audio: Sequence[EncodedAudio]) -> list[dict[str, Any]]:

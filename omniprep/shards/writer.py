@@ -25,6 +25,8 @@ _MAX_MEMBER_BYTES = 8**11 - 1
 """The largest size that a ustar header can state (8 GiB)."""
 _MAX_NAME_BYTES = 100
 _BUFFER_BYTES = 1 << 20
+_SMALL_BYTES = 1 << 18
+"""Below this, one copy of a record is cheaper than hashing and writing it in pieces."""
 _TAIL = b"0".ljust(101, b"\0") + b"ustar\x0000".ljust(255, b"\0")
 """A header after its checksum: a regular file, no link, no owner's name."""
 _TAIL_SUM = sum(_TAIL) + 8 * ord(" ")  # a checksum counts its own field as spaces
@@ -147,6 +149,8 @@ class ShardWriter:
         self._partial.unlink(missing_ok=True)
 
     def _write(self, pieces: list[bytes]) -> None:
+        if sum(map(len, pieces)) < _SMALL_BYTES:
+            pieces = [b"".join(pieces)]
         self._file.writelines(pieces)
         for piece in pieces:
             self._digest.update(piece)
