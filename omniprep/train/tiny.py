@@ -192,6 +192,7 @@ def train_tiny(
         f"tiny Thinker: {num_parameters / 1e6:.1f} M parameters; one batch of {len(batch)} records, {num_tokens} tokens, "
         f"{num_supervised} supervised: {', '.join(key for key, _ in batch)}",
         highlight=False,
+        soft_wrap=True,
     )
     losses = []
     for step in train_steps(model, [inputs for _, inputs in batch], steps=steps):
