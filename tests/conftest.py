@@ -15,6 +15,9 @@ import pytest  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 
+# They are run as a program (`make bench`), with their own folder on the path.
+collect_ignore = ["benchmarks"]
+
 # A slow machine must not fail a property (no deadline), and a run must find what the last one found (derandomize).
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
