@@ -2,8 +2,8 @@
 
 `exact` gives the reference's pixels: Pillow's bicubic on uint8 for images, and for videos what
 `torchvision.transforms.functional.resize(..., BICUBIC, antialias=True)` gives on uint8, which is torch's float32 kernel,
-rounded. `fast` needs no torch: frames that PyAV decodes are resized by swscale (bicubic) in one step with the colour
-conversion (`video_pyav.py`), all others by Pillow on uint8.
+rounded. `fast` needs no torch: frames of video files are resized by swscale (bicubic) inside the decoder, in one step with
+the colour conversion (`video_decord.py`, `video_pyav.py`), all others by Pillow on uint8.
 
 Against `exact`, on film, 720p to 560x1008 and 360p to 364x644 (10 frames each):
 
@@ -11,7 +11,8 @@ Against `exact`, on film, 720p to 560x1008 and 360p to 364x644 (10 frames each):
 |---|---|---|---|---|---|
 | torchvision's call (the reference) | 28-33 / 5.4 | 0 | 0 | 0 | 0 |
 | `exact` here | 15 / 4 | 0 | 0 | 0 | 0 |
-| `fast`, swscale with the conversion | 2.6 / 0.9 | 70-72 % | 21-25 % | 1.0-1.1 | 75 |
+| `fast`, swscale inside PyAV | 2.6 / 0.9 | 70-76 % | 21-29 % | 1.0-1.2 | 75 |
+| `fast`, swscale inside decord | within decoding | 77-81 % | 33-48 % | 1.3-1.8 | 43 |
 | `fast`, Pillow | 10.7 / 3.1 | 16-17 % | under 0.002 % | 0.16 | 4 |
 
 swscale's differences lie at coloured edges: it scales the half-size colour planes smoothly, where the reference first repeats

@@ -4,36 +4,55 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
+
 from omniprep.errors import Reason, RejectSample
 from omniprep.media.video_probe import VideoInfo
 from omniprep.types import MediaFile, Uint8Array
 
+_BATCH_BYTES = 32 << 20
+"""Frames are asked for in batches of about this size: one call for all would hold all, single ones seek each time."""
 
-def open_decord(media: MediaFile, info: VideoInfo) -> Any | None:
-    """Return a decord reader, or None if decord does not open the file or counts other frames than its packets have."""
+
+def open_decord(media: MediaFile, info: VideoInfo, *, size: tuple[int, int] | None = None) -> Any | None:
+    """Return a decord reader, or None if decord does not open the file or counts other frames than its packets have.
+
+    With `size` = (height, width) decord resizes frames itself (swscale, bicubic), in one step with the colour conversion.
+    """
     decord = _decord()
+    height, width = size or (-1, -1)
+    source = str(media.path) if media.path is not None else media.open()
     try:
-        reader = decord.VideoReader(str(media.path) if media.path is not None else media.open(), num_threads=1)
+        reader = decord.VideoReader(source, num_threads=1, width=width, height=height)
     except (decord.DECORDError, RuntimeError, AssertionError):
         return None
     return reader if len(reader) == info.num_frames else None
 
 
-def read_decord(reader: Any, media: MediaFile, indices: Sequence[int]) -> Iterator[Uint8Array]:
-    """Yield frames `indices` as (height, width, 3) uint8 RGB, upright, one at a time.
+def held_bytes(info: VideoInfo, size: tuple[int, int] | None) -> int:
+    """Return what decord may hold: it decodes and converts every frame from the last key frame on, and runs ahead."""
+    keyframes = np.append(np.flatnonzero(info.keyframes), info.num_frames)
+    longest = int(np.diff(keyframes).max(initial=0)) if len(keyframes) > 1 else info.num_frames
+    height, width = size or (info.height, info.width)
+    return longest * height * width * 3
 
-    decord seeks to the key frame before a frame that is far ahead by itself. Its `get_batch` would hold all frames at once.
-    """
+
+def read_decord(reader: Any, media: MediaFile, indices: Sequence[int]) -> Iterator[Uint8Array]:
+    """Yield frames `indices` (not decreasing) as (height, width, 3) uint8 RGB, upright; a small batch in memory."""
     decord = _decord()
-    for index in indices:
+    per_batch, start = 1, 0
+    while start < len(indices):
+        batch = list(indices[start : start + per_batch])
         try:
-            frame: Uint8Array = reader[index].asnumpy()
-        except (decord.DECORDError, RuntimeError, StopIteration):
+            frames: Uint8Array = reader.get_batch(batch).asnumpy()
+        except (decord.DECORDError, RuntimeError, StopIteration, IndexError):
             raise RejectSample(
                 Reason.MEDIA_CORRUPT,
-                f"{media.name}: decord cannot decode frame {index}; repair the file or try `video.decoder: pyav`",
+                f"{media.name}: decord cannot decode frame {batch[0]}; repair the file or try `video.decoder: pyav`",
             ) from None
-        yield frame
+        yield from frames
+        start += len(batch)
+        per_batch = max(1, _BATCH_BYTES // frames[0].nbytes)
 
 
 @cache

@@ -9,7 +9,7 @@ from PIL import Image
 
 from omniprep.errors import ConfigError, Reason, RejectSample
 from omniprep.media.video import VideoConfig, plan_video, probe_video, read_frames
-from omniprep.media.video_decord import open_decord, read_decord
+from omniprep.media.video_decord import held_bytes, open_decord, read_decord
 from omniprep.media.video_pyav import read_pyav
 from omniprep.records import VideoPart
 from omniprep.types import MediaFile
@@ -136,10 +136,28 @@ def test_what_decord_gets_wrong_goes_to_pyav(make, name):
     assert len(list(read_frames(media, plan, VideoConfig(resize="fast")))) == len(plan.indices)
 
 
-def test_auto_takes_decord_where_most_frames_are_kept_and_pyav_where_few_are(plain):
+@pytest.mark.parametrize("resize", ["exact", "fast"])
+def test_auto_takes_decord_unless_it_would_hold_too_much(plain, resize, monkeypatch):
+    if resize == "exact":
+        pytest.importorskip("torch")
     info = probe_video(plain)
-    dense, sparse = (plan_video(plain, info, VideoPart(video="x", fps=fps), VideoConfig()) for fps in (25, 2))
-    assert (dense.decoder, sparse.decoder) == ("decord", "pyav")
+    config = VideoConfig(resize=resize)
+    plan = plan_video(plain, info, VideoPart(video="x"), config)
+    assert plan.decoder == "decord"
+    size = (plan.height, plan.width) if resize == "fast" else None
+    monkeypatch.setattr("omniprep.media.video._MAX_HELD_BYTES", held_bytes(info, size) - 1)
+    small = plan_video(plain, info, VideoPart(video="x"), config)
+    assert small.decoder == "pyav"
+    pairs = zip(read_frames(plain, plan, config), read_frames(plain, small, config), strict=True)
+    differences = [np.abs(one.astype(int) - other).mean() for one, other in pairs]
+    assert max(differences) == 0 if resize == "exact" else max(differences) < 4
+
+
+def test_what_decord_holds_is_counted_from_key_frame_to_key_frame(make):
+    media = make("gop.mp4", *PICTURE, *H264, "-g", "10", "-keyint_min", "10", "-sc_threshold", "0")
+    info = probe_video(media)
+    assert held_bytes(info, None) == 10 * info.height * info.width * 3
+    assert held_bytes(info, (28, 56)) == 10 * 28 * 56 * 3
 
 
 @pytest.mark.parametrize("turn", [0, 90, 180, 270])
