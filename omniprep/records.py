@@ -202,7 +202,7 @@ class RecordBase(RecordModel):
     """What every kind of record may carry besides its content."""
 
     id: str | None = None
-    split: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_]+$")
+    split: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_]{1,64}$")
     meta: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="before")

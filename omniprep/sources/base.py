@@ -30,7 +30,7 @@ class SourceBase(Config):
     """Columns kept in the record's `meta`; other columns that a format does not know are ignored."""
     media_root: str | None = None
     """Folder or URL for relative media paths, and a declared media root; default: the folder of the data file."""
-    split: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_]+$")
+    split: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_]{1,64}$")
     """Split for records that do not name their own."""
     limit: int | None = Field(default=None, ge=1)
     """Use only the first rows."""
