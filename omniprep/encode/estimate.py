@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from omniprep.encode.media_items import MediaEncoder, MediaSettings, OpenVideo, Resolve
+from omniprep.encode.media_items import MediaEncoder, MediaSettings, OpenVideo, Resolve, check_track_is_there
 from omniprep.errors import Reason, RejectSample
 from omniprep.media.audio import probe_audio
 from omniprep.media.image import image_size, probe_image
@@ -93,6 +93,7 @@ def _video(part: VideoPart, resolve: Resolve, encoder: MediaEncoder, *, max_toke
     settings, profile = encoder.settings, encoder.profile
     files: tuple[MediaFile, ...] = tuple(resolve(ref) for ref in (part.video if isinstance(part.video, tuple) else (part.video,)))
     info = None if part.frames_ready else probe_video(files[0])
+    check_track_is_there(part, files[0], has_audio=info is not None and info.has_audio)
     sound = (
         resolve(part.audio_track) if part.audio_track is not None else files[0] if info is not None and info.has_audio else None
     )

@@ -48,6 +48,8 @@ class OpenVideo:
     info: VideoInfo | None
     """None for frames made ready."""
     track: EncodedAudio | None
+    place: str = ""
+    """Where it stands in the record."""
 
     @property
     def duration_s(self) -> float:
@@ -97,10 +99,12 @@ class MediaEncoder:
         """Find a video, measure it and encode its sound if that is used."""
         if part.frames_ready:
             files = tuple(resolve(ref) for ref in (part.video if isinstance(part.video, tuple) else (part.video,)))
+            check_track_is_there(part, files[0], has_audio=False)
             return OpenVideo(part=part, files=files, info=None, track=self._track(part, None, resolve))
         assert not isinstance(part.video, tuple)
         media = resolve(part.video)
         info = probe_video(media)
+        check_track_is_there(part, media, has_audio=info.has_audio)
         track = self._track(part, media if info.has_audio else None, resolve)
         return OpenVideo(part=part, files=(media,), info=info, track=track)
 
@@ -165,10 +169,6 @@ class MediaEncoder:
             return None
         sound = resolve(part.audio_track) if part.audio_track is not None else media
         if sound is None:
-            if part.audio_in_video == "on":
-                raise RejectSample(
-                    Reason.MEDIA_NO_STREAM, '"audio_in_video": "on", but there is no sound track and no `audio_track`'
-                )
             return None
         config, start_s, end_s = self.settings.audio, part.video_start, part.video_end
         try:
@@ -179,3 +179,13 @@ class MediaEncoder:
                 return None
             raise
         return self._clip(clip, sound.name)
+
+
+def check_track_is_there(part: VideoPart, media: MediaFile, *, has_audio: bool) -> None:
+    """Raise `RejectSample` (`MEDIA_NO_STREAM`) if the record asks for a sound that neither the file nor the record has."""
+    if part.audio_in_video == "on" and part.audio_track is None and not has_audio:
+        raise RejectSample(
+            Reason.MEDIA_NO_STREAM,
+            f'{media.name}: "audio_in_video" is "on", but it has no sound track and the record names no `audio_track`; '
+            "say `auto` or `off`, or name one",
+        )

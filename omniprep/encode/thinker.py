@@ -8,7 +8,7 @@ answers as two tails) and documents.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from omniprep.encode.estimate import Estimate, estimate_media, estimate_text
@@ -90,9 +90,9 @@ class ThinkerEncoder:
 
     def _encode_preference(self, record: Preference, media: _Media, resolve: Resolve) -> dict[str, Layout]:
         """Encode the prompt with its media once; each answer is a tail. Only the answers are supervised."""
-        prompt = self._encode_text(self.template.conversation(record.prompt, tools=record.tools))
+        prompt = self._encode_text(self.template.conversation(record.prompt, tools=record.tools, place="prompt"))
         tails = {
-            name: [run for run in self._encode_text(self.template.reply(answer)) if not isinstance(run, MediaPiece)]
+            name: [run for run in self._encode_text(self.template.reply(answer, place=name)) if not isinstance(run, MediaPiece)]
             for name, answer in (("chosen", record.chosen), ("rejected", record.rejected))
         }
         longest = max(sum(len(ids) for ids, _ in tail) for tail in tails.values())
@@ -114,9 +114,10 @@ class ThinkerEncoder:
         if not isinstance(run, MediaPiece):
             return run
         try:
-            return self._open_part(run.part, resolve)
+            opened = self._open_part(run.part, resolve)
         except RejectSample as error:
             raise error.at(run.place) from None
+        return replace(opened, place=run.place) if isinstance(opened, OpenVideo) else opened
 
     def _open_part(self, part: MediaPart, resolve: Resolve) -> "OpenVideo | _Sounds | _Picture":
         match part:
@@ -133,8 +134,9 @@ class ThinkerEncoder:
         Raises `RejectSample` as `encode` would, as far as headers tell.
         """
         if isinstance(record, Preference):
-            prompt = self._encode_text(self.template.conversation(record.prompt, tools=record.tools))
-            tails = [self._encode_text(self.template.reply(answer)) for answer in (record.chosen, record.rejected)]
+            prompt = self._encode_text(self.template.conversation(record.prompt, tools=record.tools, place="prompt"))
+            answers = (("chosen", record.chosen), ("rejected", record.rejected))
+            tails = [self._encode_text(self.template.reply(answer, place=name)) for name, answer in answers]
             sides = [self._estimate_runs([*prompt, *tail], resolve) for tail in tails]
             return sides[0] + estimate_text(sides[1].num_tokens)
         return self._estimate_runs(self._encode_text(self._render(record, add_generation_prompt=False)), resolve)
@@ -188,7 +190,7 @@ class ThinkerEncoder:
                 try:
                     yield self._place_video(run, media, next(shares))
                 except RejectSample as error:
-                    raise error.at("video") from None
+                    raise error.at(run.place) from None
             case _:
                 yield run
 

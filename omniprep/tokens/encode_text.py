@@ -8,8 +8,9 @@ supervised.
 
 from collections.abc import Sequence
 
+from omniprep.errors import RejectSample
 from omniprep.tokens.template import ControlPiece, MediaPiece, Piece, TextPiece
-from omniprep.tokens.vocab import TextPolicy, TextTokenizer
+from omniprep.tokens.vocab import TextPolicy, TextTokenizer, refuse_control_tokens
 
 TokenRun = tuple[list[int], list[bool] | bool]
 """Ids with the supervision of each token, or of all."""
@@ -20,6 +21,8 @@ def encode_pieces(pieces: Sequence[Piece], tokenizer: TextTokenizer, policy: Tex
 
     Raises `RejectSample` (`CONTROL_TOKEN`) under the policy `reject`.
     """
+    if policy == "reject":
+        _refuse_control_tokens(pieces)
     stretches = _stretches(pieces)
     # One call of the tokenizer for a whole record: its cost a call is that of a short text.
     texts = {index: text for index, stretch in enumerate(stretches) if (text := _plain_text(stretch)) is not None}
@@ -37,6 +40,16 @@ def encode_pieces(pieces: Sequence[Piece], tokenizer: TextTokenizer, policy: Tex
         else:
             runs.add_apart(_encode_mixed(stretch, tokenizer, policy))
     return runs.finish()
+
+
+def _refuse_control_tokens(pieces: Sequence[Piece]) -> None:
+    """Name the part that holds one. A token over the border of two parts is found in the tokenizer, which sees them joined."""
+    for piece in pieces:
+        if isinstance(piece, TextPiece) and piece.place:
+            try:
+                refuse_control_tokens(piece.text)
+            except RejectSample as error:
+                raise error.at(piece.place) from None
 
 
 class _Runs:

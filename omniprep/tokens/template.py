@@ -10,7 +10,7 @@ Tools follow Qwen2.5's own template (the Omni template has none): signatures in 
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from omniprep.config import Config
@@ -38,6 +38,8 @@ class TextPiece:
     text: str
     supervised: bool = False
     constant: bool = False
+    place: str = field(default="", compare=False)
+    """Where it stands in the record, if a part of a message is what it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,23 +88,24 @@ class ChatTemplate:
         *,
         tools: Sequence[dict[str, Any]] | None = None,
         add_generation_prompt: bool = False,
+        place: str = "messages",
     ) -> list[Piece]:
-        """Return the pieces of a dialogue; a system turn is put first if there is none."""
+        """Return the pieces of a dialogue; a system turn is put first if there is none. `place` is the messages' own key."""
         count = _MediaCount(self.config)
         pieces: list[Piece] = []
         done = 0
         if tools or messages[0].role != "system":
             given = messages[0] if messages[0].role == "system" else None
             done = 0 if given is None else 1
-            pieces += self._system_turn(given, tools or (), count)
-        pieces += self._turns(messages, count, first=done)
+            pieces += self._system_turn(given, tools or (), count, place)
+        pieces += self._turns(messages, count, place, first=done)
         if add_generation_prompt:
             pieces += self.open_turn("assistant")
         return pieces
 
-    def reply(self, messages: Sequence[Message]) -> list[Piece]:
+    def reply(self, messages: Sequence[Message], *, place: str = "messages") -> list[Piece]:
         """Return the pieces of the turns that answer a prompt (a preference's chosen or rejected side)."""
-        return list(self._turns(messages, _MediaCount(self.config), first=0))
+        return list(self._turns(messages, _MediaCount(self.config), place, first=0))
 
     def document(self, document: Document) -> list[Piece]:
         """Return the pieces of a document: its parts without turns, closed by `<|endoftext|>`, which is supervised."""
@@ -117,11 +120,13 @@ class ChatTemplate:
     def _close_turn(self, supervised: bool) -> list[Piece]:
         return [ControlPiece(self.profile.special.im_end, supervised), TextPiece("\n", constant=True)]
 
-    def _system_turn(self, given: Message | None, tools: Sequence[dict[str, Any]], count: _MediaCount) -> Iterator[Piece]:
+    def _system_turn(
+        self, given: Message | None, tools: Sequence[dict[str, Any]], count: _MediaCount, place: str
+    ) -> Iterator[Piece]:
         supervised = bool(given.loss) if given is not None else False
         yield from self.open_turn("system")
         if given is not None:
-            yield from self._content(given.content, supervised, count, "messages.0.content")
+            yield from self._content(given.content, supervised, count, f"{place}.0.content")
         elif self.config.system_prompt is None:
             yield TextPiece(self.profile.default_system_prompt, constant=True)
         elif self.config.system_prompt:
@@ -130,9 +135,9 @@ class ChatTemplate:
             yield from self._tool_signatures(tools, supervised)
         yield from self._close_turn(supervised)
 
-    def _turns(self, messages: Sequence[Message], count: _MediaCount, *, first: int) -> Iterator[Piece]:
+    def _turns(self, messages: Sequence[Message], count: _MediaCount, where: str, *, first: int) -> Iterator[Piece]:
         for index, message in enumerate(messages[first:], first):
-            place = f"messages.{index}.content"
+            place = f"{where}.{index}.content"
             if message.role == "tool":
                 opens = index == first or messages[index - 1].role != "tool"
                 closes = index + 1 == len(messages) or messages[index + 1].role != "tool"
@@ -149,7 +154,7 @@ class ChatTemplate:
         for index, part in enumerate(parts):
             if isinstance(part, TextPart):
                 if part.text:
-                    yield TextPiece(part.text, supervised if part.loss is None else part.loss)
+                    yield TextPiece(part.text, supervised if part.loss is None else part.loss, place=f"{place}.{index}")
                 continue
             prefix = count.prefix(part.type)
             if prefix:
