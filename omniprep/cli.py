@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
@@ -228,29 +229,60 @@ def inspect(
 
 @app.command()
 def encode(
-    file: Annotated[Path, typer.Argument(help="JSON lines of records.", show_default=False)],
+    file: Annotated[Path, typer.Argument(help="Rows: .jsonl (also .gz, .zst) or .json.", show_default=False)],
     *,
     out: Annotated[Path, typer.Option(help="Folder for the .npz files.")],
     rope_mode: Annotated[Literal["aligned", "reference"], typer.Option(help="How positions are counted.")] = "aligned",
+    reference_fps: Annotated[
+        float, typer.Option(min=0.01, help="With --rope-mode reference: the fps that the processor would be called with.")
+    ] = 2.0,
     add_generation_prompt: Annotated[bool, typer.Option(help="End with the opening of an assistant turn.")] = False,
+    system_prompt: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="For records without a system turn; default: the model's."),
+    ] = None,
+    text_policy: Annotated[
+        Literal["literal", "reject", "allow"], typer.Option(help="What a control token's string in a text becomes.")
+    ] = "literal",
+    resize: Annotated[
+        Optional[Literal["exact", "fast"]],  # noqa: UP045
+        typer.Option(help="The reference's pixels or quicker ones; default: exact where torch is installed."),
+    ] = None,
     max_tokens: Annotated[Optional[int], typer.Option(min=1, help="Reject longer records.")] = None,  # noqa: UP045
+    row_format: Annotated[str, typer.Option("--format", help="messages, sharegpt, alpaca, swift, trl, text or auto.")] = "auto",
+    media_root: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="Let rows name media only below these folders and the file's own; default: any local file."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Encode the rows of a file into .npz files with the model's own argument names, for a look or a diff.
+
+    Frames are kept lossless. One KEY.npz a row; a preference has KEY.chosen.npz and KEY.rejected.npz.
 
     Example: [bold]omniprep encode rows.jsonl --out build/npz --rope-mode reference[/bold]
     """
     with plain_errors():
         from omniprep import encode_files
+        from omniprep.config import parse_config
         from omniprep.encode.thinker import EncodeConfig, ThinkerEncoder
         from omniprep.sources.jsonl import JsonlSource
         from omniprep.sources.media_store import MediaConfig, MediaStore
 
-        encoder = ThinkerEncoder(EncodeConfig(rope_mode=rope_mode, max_tokens=max_tokens))
-        source = JsonlSource(name="rows", path=(str(file),))
-        rows = encode_files.encode_file(
-            source, out, encoder=encoder, store=MediaStore(MediaConfig()), add_generation_prompt=add_generation_prompt
-        )
+        pixels = {"resize": resize or ("exact" if find_spec("torch") else "fast")}
+        config = {
+            "rope_mode": rope_mode,
+            "reference_fps": reference_fps,
+            "max_tokens": max_tokens,
+            "template": {"system_prompt": system_prompt, "text_policy": text_policy},
+            "frame_format": "raw",
+            "image": pixels,
+            "video": pixels,
+        }
+        encoder = ThinkerEncoder(parse_config(EncodeConfig, config, place="command line"))
+        source = parse_config(JsonlSource, {"name": "rows", "path": str(file), "format": row_format}, place="command line")
+        store = MediaStore(MediaConfig(roots=tuple(media_root or ["/"])))
+        rows = encode_files.encode_file(source, out, encoder=encoder, store=store, add_generation_prompt=add_generation_prompt)
         num_rejected = 0
         for row in rows:
             num_rejected += row.error is not None

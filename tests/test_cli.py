@@ -20,7 +20,20 @@ OPTIONS = {
     "plan": {"--workers", "--executor", "--address", "--limit", "--json"},
     "verify": {"--against", "--limit", "--inputs", "--json"},
     "inspect": set(),
-    "encode": {"--out", "--rope-mode", "--add-generation-prompt", "--no-add-generation-prompt", "--max-tokens", "--json"},
+    "encode": {
+        "--out",
+        "--rope-mode",
+        "--reference-fps",
+        "--add-generation-prompt",
+        "--no-add-generation-prompt",
+        "--system-prompt",
+        "--text-policy",
+        "--resize",
+        "--max-tokens",
+        "--format",
+        "--media-root",
+        "--json",
+    },
     "schema": {"--out"},
 }
 
