@@ -26,8 +26,9 @@ POWER_FLOOR = 1e-10
 """Smallest mel power: silence is log10(POWER_FLOOR) = -10."""
 DYNAMIC_RANGE = 8.0
 """Decades kept below the loudest mel value of a clip."""
-FRAMES_PER_BLOCK = 96
-"""96 x 400 float32 samples are 154 kB: a block's windows, samples and spectrum fit a 1 MB cache."""
+FRAMES_PER_BLOCK = 80
+"""80 x 400 float32 samples are 128 kB: a block fits a 1 MB cache, and its arrays stay under 128 KiB, from which glibc
+would ask the kernel for fresh pages instead (a quarter slower on clips of 3 s)."""
 FILTERS_PER_BAND = 32
 
 
@@ -83,6 +84,14 @@ def _window(profile: ModelProfile) -> Float32Array:
     return (0.5 - 0.5 * np.cos(phase)).astype(np.float32)
 
 
+@lru_cache(maxsize=4)
+def _block_windows(profile: ModelProfile, num_frames: int) -> Float32Array:
+    """Return a window for each row of a block: multiplying equal contiguous arrays is twice as fast as broadcasting one."""
+    windows = np.tile(_window(profile), (num_frames, 1))
+    windows.setflags(write=False)
+    return windows
+
+
 def _padded_length(num_samples: int, profile: ModelProfile) -> int:
     """Return how many samples the reference's STFT sees: zero padded to the longest clip."""
     return max(num_samples, int(profile.max_audio_s * profile.sample_rate_hz))
@@ -118,8 +127,7 @@ def _log_mel_blocks(waveform: Float32Array, profile: ModelProfile) -> tuple[Floa
     num_valid, num_frames = profile.num_mel_frames(num_samples), _num_computed_frames(num_samples, profile)
     result = np.empty((profile.num_mel_bins, num_valid), np.float32)
     size = min(FRAMES_PER_BLOCK, num_frames)
-    # A window for each row of the block: multiplying equal contiguous arrays is twice as fast as broadcasting one row.
-    windows = np.tile(_window(profile), (size, 1))
+    windows, bands = _block_windows(profile, FRAMES_PER_BLOCK)[:size], _bands(profile)
     windowed, mel = np.empty_like(windows), np.empty((size, profile.num_mel_bins), np.float32)
     squares = np.empty((2, size, width // 2 + 1), np.float32)
     maximum = -np.inf
@@ -134,7 +142,7 @@ def _log_mel_blocks(waveform: Float32Array, profile: ModelProfile) -> tuple[Floa
         spectrum = rfft(windowed)
         power = np.square(spectrum.real, out=squares[0])
         power += np.square(spectrum.imag, out=squares[1])
-        for filters, bins, weights in _bands(profile):
+        for filters, bins, weights in bands:
             np.matmul(power[:, bins], weights, out=mel[:, filters])
         np.log(mel, out=mel)
         maximum = max(maximum, float(mel.max()))
