@@ -1,9 +1,11 @@
 """`omniprep verify`: prove that a dataset is what its manifest says, byte by byte and record by record.
 
 Digests tell that something changed; the rest tells where: every record is read through the index, taken apart and
-checked against the rules that its layout must obey (`verify_sample.py`).
+checked against the rules that its layout must obey (`verify_sample.py`). At last every shard is read once more as plain
+`webdataset` reads it.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +101,27 @@ def _check_shard(
         totals = add_up(("", totals_of(row)) for row in reader.rows).get("", Totals())
         if totals != shard.totals:
             yield Finding(shard=shard.name, message=f"manifest: totals are {_differing(shard.totals, totals)}")
+        yield from _check_plain_reader(reader)
+
+
+def _check_plain_reader(reader: ShardReader) -> Iterator[Finding]:
+    """Read a shard as `webdataset` does, without our index, and compare what it finds with what the index says."""
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
+    shard = reader.path.name
+    with reader.path.open("rb") as stream:
+        try:
+            found = group_by_keys(tar_file_expander([{"url": shard, "stream": stream}]))
+            for row, sample in itertools.zip_longest(reader.rows, found):
+                key = None if sample is None else sample["__key__"]
+                if row is None or key != row["key"]:
+                    yield Finding(shard=shard, message=f"webdataset reads the key {key}, the index says {row and row['key']}")
+                    return
+                sizes = [len(sample.get(name, b"")) for name in reader.member_names]
+                if sizes != list(row["member_sizes"]):
+                    yield Finding(shard=shard, key=key, message=f"webdataset reads members of {sizes} bytes")
+        except Exception as error:  # whatever it does with damaged bytes, it does not read the shard
+            yield Finding(shard=shard, message=f"webdataset cannot read it: {' '.join(str(error).split())}")
 
 
 def _check_record(
