@@ -33,14 +33,14 @@ class Ours:
     """Everything from a parsed JSON row to bytes in a shard."""
 
     def __init__(self, folder: str, resize: ResizeMode = "fast") -> None:
-        self._encoder = ThinkerEncoder(EncodeConfig.model_validate({"image": {"resize": resize}, "video": {"resize": resize}}))
+        self.encoder = ThinkerEncoder(EncodeConfig.model_validate({"image": {"resize": resize}, "video": {"resize": resize}}))
         self._form = MemberFormat()
         self._writer = ShardWriter(Path(folder), f"train-{resize}", source="bench", split="train", partition=0, form=self._form)
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> None:
         for row in rows:
             key = record_key("bench", self._writer.num_records)
-            sample = self._encoder.encode(parse_record(row), key=key, resolve=_resolve)
+            sample = self.encoder.encode(parse_record(row), key=key, resolve=_resolve)
             self._writer.add(sample, to_members(sample, self._form))
 
     def close(self) -> None:

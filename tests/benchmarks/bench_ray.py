@@ -4,7 +4,6 @@ What cannot be parallel is in it (planning, receipts, the manifest); starting Ra
 """
 
 import json
-import os
 import random
 import statistics
 import tempfile
@@ -17,7 +16,7 @@ from ratios import Ratio
 from omniprep.config import parse_config
 from omniprep.prepare import prepare
 from omniprep.recipe import Recipe
-from omniprep.run.ray import WORKER_ENVIRONMENT
+from omniprep.run.ray import RayOptions, _session
 
 COPIES = {"film": 24, "speech": 200, "text": 16}
 """How often each small corpus is repeated, so that each takes about the same time and all together about 15 s."""
@@ -42,20 +41,13 @@ def _recipe(folder: Path) -> Recipe:
 
 def run() -> list[Ratio]:
     """Return the speed-up of the second worker."""
-    import ray
-
-    with tempfile.TemporaryDirectory() as name:
+    walls: dict[int, list[float]] = {2: [], 1: []}
+    with tempfile.TemporaryDirectory() as name, _session(RayOptions(num_workers=2)):
         recipe = _recipe(Path(name))
-        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": dict(WORKER_ENVIRONMENT)})
-        try:
-            walls: dict[int, list[float]] = {2: [], 1: []}
-            _wall_s(recipe, 2)  # both workers import, build their encoder and read the corpus once
-            for _ in range(PAIRS):
-                for workers, times in walls.items():
-                    times.append(_wall_s(recipe, workers))
-        finally:
-            ray.shutdown()
+        _wall_s(recipe, 2)  # both workers import, build their encoder and read the corpus once
+        for _ in range(PAIRS):
+            for workers, times in walls.items():
+                times.append(_wall_s(recipe, workers))
     ratios = [one / two for one, two in zip(walls[1], walls[2], strict=True)]
     return [
         Ratio(

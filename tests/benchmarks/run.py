@@ -69,7 +69,9 @@ def versions() -> dict[str, str]:
 
 def table(ratios: Sequence[Ratio]) -> Table:
     """Return the result as a table; a speed-up reads "x times as fast", a distance to a floor "x times its time"."""
-    shown = Table("what", "ours", "other", "ratio", "target", "met", title="CPU time, median of pairs")
+    shown = Table(
+        "what", "ours", "other", "ratio", "target", "met", title="ms of CPU time unless named otherwise; median of pairs"
+    )
     for column in shown.columns[1:5]:
         column.justify = "right"
     for one in ratios:
