@@ -6,6 +6,7 @@ encoded later, because how many frames it gets may depend on the tokens that eve
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from omniprep.config import Config
 from omniprep.errors import Reason, RejectSample
@@ -65,7 +66,8 @@ class MediaEncoder:
     ) -> None:
         self.settings = settings
         self.profile = profile
-        backend = log_mel_torchaudio if settings.audio.backend == "torchaudio" else log_mel
+        audio = settings.audio
+        backend = partial(log_mel_torchaudio, device=audio.device) if audio.backend == "torchaudio" else log_mel
         self._compute_mel: ComputeMel = compute_mel or backend
 
     def audio(self, part: AudioPart, resolve: Resolve) -> list[EncodedAudio]:

@@ -166,9 +166,11 @@ def log_mel_torchaudio(waveform: Float32Array, profile: ModelProfile = QWEN2_5_O
     44.1 and 48 kHz speech and film sound its waveform is 16 to 47 dB below the signal from soxr HQ's (the 16 is a recording
     loud above 7 kHz), features differ by 0.002 on average and 0.6 at most, of which at most 0.01 below bin 115 (5.8 kHz).
 
-    Needs the torch extra; raises `ConfigError` where it is missing.
+    Needs the torch extra; raises `ConfigError` where it, or the device, is missing.
     """
     torch, spectrogram = _import_torchaudio()
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"audio.device {device!r}: torch finds no CUDA device on this machine; set audio.device: cpu")
     num_samples = waveform.shape[0]
     num_valid, num_frames = profile.num_mel_frames(num_samples), _num_computed_frames(num_samples, profile)
     length = min(max(num_frames * profile.mel_hop, num_samples) + profile.mel_window, _padded_length(num_samples, profile))

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from omniprep.config import Config
 from omniprep.errors import Reason, RejectSample
@@ -41,9 +41,17 @@ class AudioConfig(Config):
 
     backend: ResampleBackend = "soxr"
     """`soxr` (HQ) is the canon. `torchaudio` needs the torch extra and holds the whole clip at the file's own rate."""
+    device: str = "cpu"
+    """Where `torchaudio` computes the mel: "cpu", "cuda", "cuda:1"; soxr knows the CPU only."""
     max_seconds: float = Field(default=QWEN2_5_OMNI.max_audio_s, ge=1)
     on_too_long: Literal["error", "split", "truncate"] = "error"
     """A clip over `max_seconds` is rejected, becomes consecutive clips, or loses its end (which is recorded)."""
+
+    @model_validator(mode="after")
+    def _soxr_has_no_device(self) -> "AudioConfig":
+        if self.device != "cpu" and self.backend != "torchaudio":
+            raise ValueError(f"device {self.device!r} needs backend: torchaudio")
+        return self
 
 
 DEFAULT_AUDIO_CONFIG = AudioConfig()

@@ -300,3 +300,12 @@ def test_the_estimate_from_headers_is_the_size(files: dict[str, bytes], record: 
     assert estimate.num_mel_frames == pytest.approx(sum(audio.num_mel_frames for audio in sample.audio), abs=16)
     assert estimate.num_patches == sum(int(np.prod(item.grid_thw)) for item in sample.vision)
     assert estimate.num_frames == sum(len(item.frames) for item in sample.vision)
+
+
+def test_the_torchaudio_backend_makes_the_same_layout(encode: Callable[..., EncodedSample]) -> None:
+    pytest.importorskip("torchaudio")
+    one, other = (encode(chat({"audio": "a.wav"}), audio={"backend": backend}) for backend in ("soxr", "torchaudio"))
+    np.testing.assert_array_equal(one.layouts["tokens"].position_ids, other.layouts["tokens"].position_ids)
+    assert 0 < np.abs(one.audio[0].mel - other.audio[0].mel).max() < 1e-4
+    with pytest.raises(ValueError, match="needs backend: torchaudio"):
+        AudioConfig(device="cuda")

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from omniprep.errors import ConfigError
 from omniprep.features import mel as mel_module
 from omniprep.features.mel import FRAMES_PER_BLOCK, log_mel, log_mel_torchaudio, mel_filters
 from omniprep.profile import QWEN2_5_OMNI
@@ -188,6 +189,15 @@ def test_torchaudio_backend_agrees(kind: str, num_samples: int) -> None:
     pytest.importorskip("torchaudio")
     waveform = sound(kind, num_samples)
     np.testing.assert_allclose(log_mel_torchaudio(waveform), log_mel(waveform), atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.reference
+def test_a_device_that_is_not_there_is_a_config_error() -> None:
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    with pytest.raises(ConfigError, match="no CUDA device"):
+        log_mel_torchaudio(sound("noise", 8_000), device="cuda")
 
 
 @pytest.mark.gpu
