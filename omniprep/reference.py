@@ -5,6 +5,7 @@ processor's settings are those of the released checkpoint, taken from `profile.p
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ import numpy.typing as npt
 
 from omniprep.errors import ConfigError
 from omniprep.profile import QWEN2_5_OMNI, ModelProfile
-from omniprep.records import Message, TextPart
+from omniprep.records import Message, Part, TextPart
 from omniprep.tokens.vocab import TextTokenizer
 from omniprep.types import Float32Array, Uint8Array
 
@@ -43,20 +44,49 @@ class ReferenceInput:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def render_chatml(messages: Sequence[Message], *, add_generation_prompt: bool = False, system_prompt: str | None = None) -> str:
+def render_chatml(
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool = False,
+    system_prompt: str | None = None,
+    add_vision_id: bool = False,
+    add_audio_id: bool = False,
+) -> str:
     """Return the string that the reference's chat template gives, with one placeholder a medium.
 
     Written apart from `tokens/template.py` on purpose: the two are compared. Tools are not part of that template.
     """
     text = ""
+    parts = _PartRenderer(add_vision_id=add_vision_id, add_audio_id=add_audio_id)
     if messages[0].role != "system":
         text += (
             f"<|im_start|>system\n{QWEN2_5_OMNI.default_system_prompt if system_prompt is None else system_prompt}<|im_end|>\n"
         )
     for message in messages:
-        content = "".join(part.text if isinstance(part, TextPart) else PLACEHOLDERS[part.type] for part in message.content)
-        text += f"<|im_start|>{message.role}\n{content}<|im_end|>\n"
+        text += f"<|im_start|>{message.role}\n{parts.render(message.content)}<|im_end|>\n"
     return text + ("<|im_start|>assistant\n" if add_generation_prompt else "")
+
+
+def render_document(parts: Sequence[Part], *, add_vision_id: bool = False, add_audio_id: bool = False) -> str:
+    """Return a document's text with one placeholder a medium; the reference has no template for it."""
+    return _PartRenderer(add_vision_id=add_vision_id, add_audio_id=add_audio_id).render(parts) + "<|endoftext|>"
+
+
+class _PartRenderer:
+    """Writes parts, counting media over the whole text as the reference's template does."""
+
+    def __init__(self, *, add_vision_id: bool, add_audio_id: bool) -> None:
+        self._names = {"image": "Picture", "video": "Video"} if add_vision_id else {}
+        self._names |= {"audio": "Audio"} if add_audio_id else {}
+        self._counts: Counter[str] = Counter()
+
+    def render(self, parts: Sequence[Part]) -> str:
+        return "".join(part.text if isinstance(part, TextPart) else self._medium(part.type) for part in parts)
+
+    def _medium(self, kind: str) -> str:
+        self._counts[kind] += 1
+        named = f"{self._names[kind]} {self._counts[kind]}: " if kind in self._names else ""
+        return named + PLACEHOLDERS[kind]
 
 
 class Reference:

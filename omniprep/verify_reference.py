@@ -12,7 +12,7 @@ that laid it out against the reference wherever the reference has an answer.
 import importlib.metadata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,14 +29,14 @@ from omniprep.profile import ModelProfile
 from omniprep.receipts import read_inputs_folder
 from omniprep.recipe import Recipe
 from omniprep.records import AudioPart, Conversation, Document, Message, Preference, Record, TextPart
-from omniprep.reference import PLACEHOLDERS, Reference, ReferenceInput, render_chatml
+from omniprep.reference import Reference, ReferenceInput, render_chatml, render_document
 from omniprep.shards.index import read_index
 from omniprep.shards.manifest import read_manifest, write_manifest
 from omniprep.shards.reader import ShardReader
 from omniprep.sources.media_store import MediaStore
 from omniprep.sources.partitions import Row
 from omniprep.tokens.vocab import ADDED_TOKENS
-from omniprep.types import EncodedSample, Float32Array
+from omniprep.types import EncodedAudio, EncodedSample, EncodedVision, Float32Array
 from omniprep.verify import Finding
 
 MEL_TOLERANCE = 1e-4
@@ -188,13 +188,21 @@ class _Sides:
         mel_error = pixel_error = 0.0
         for name in ours.layouts:
             mine = model_inputs(ours, name)
-            theirs = self._theirs(self._reference_input(record, name, ours))
+            theirs = self._cut(self._theirs(self._reference_input(record, name, ours)), mine)
             difference = first_difference(mine, theirs)
             if difference:
                 return Comparison(key=ours.key, divergence=f"{name}: {difference}")
             mel_error = max(mel_error, _mel_error(mine, theirs))
             pixel_error = max(pixel_error, _pixel_error(mine, theirs))
         return Comparison(key=ours.key, mel_error=mel_error, pixel_error=pixel_error)
+
+    def _cut(self, theirs: dict[str, npt.NDArray[Any]], mine: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        """Cut off the reference's text where the recipe had ours cut: no token's id or position depends on later ones."""
+        limit = self._recipe.encode.max_tokens
+        if self._recipe.encode.on_overflow != "truncate_text" or limit is None or mine["input_ids"].shape[-1] != limit:
+            return theirs
+        by_token = ("input_ids", "attention_mask", "position_ids")
+        return {name: array[..., :limit] if name in by_token else array for name, array in theirs.items()}
 
     def _why_not_comparable(self, record: Record, ours: EncodedSample) -> str:
         messages = _messages(record, "chosen")
@@ -218,11 +226,11 @@ class _Sides:
 
     def _reference_input(self, record: Record, name: str, ours: EncodedSample) -> ReferenceInput:
         template = self._recipe.encode.template
+        numbered = {"add_vision_id": template.add_vision_id, "add_audio_id": template.add_audio_id}
         if isinstance(record, Document):
-            text = "".join(part.text if isinstance(part, TextPart) else PLACEHOLDERS[part.type] for part in record.parts)
-            text += "<|endoftext|>"
+            text = render_document(record.parts, **numbered)
         else:
-            text = render_chatml(_messages(record, name), system_prompt=template.system_prompt)
+            text = render_chatml(_messages(record, name), system_prompt=template.system_prompt, **numbered)
         stacks = [decode_frames(item.frames, "raw", height=item.height, width=item.width) for item in ours.vision]
         videos = [index for index, item in enumerate(ours.vision) if item.kind == "video"]
         video_of_audio = {ours.vision[index].audio_index: number for number, index in enumerate(videos)}
@@ -255,16 +263,33 @@ def _stored_difference(stored: EncodedSample, again: EncodedSample, mel_toleranc
             difference = _array_difference(f"{name}.{field}", getattr(layout, field), getattr(again.layouts[name], field))
             if difference:
                 return difference
+        if layout.segments != again.layouts[name].segments:
+            return f"{name}: segments"
+    return _media_difference(stored, again, mel_tolerance)
+
+
+def _media_difference(stored: EncodedSample, again: EncodedSample, mel_tolerance: float) -> str:
     if len(stored.audio) != len(again.audio) or len(stored.vision) != len(again.vision):
         return f"{len(stored.audio)} sounds and {len(stored.vision)} pictures, now {len(again.audio)} and {len(again.vision)}"
     for index, (one, other) in enumerate(zip(stored.audio, again.audio, strict=True)):
         if one.mel.shape != other.mel.shape or np.abs(one.mel - other.mel).max(initial=0.0) > mel_tolerance:
             return f"audio {index}: mel"
+        if fact := _first_other_fact(one, other, besides="mel"):
+            return f"audio {index}: {fact}"
     for index, (kept, made) in enumerate(zip(stored.vision, again.vision, strict=True)):
         if kept.frames != made.frames:
             return f"{kept.kind} {index}: frames"
-        if kept.timing != made.timing:
-            return f"{kept.kind} {index}: timing contract"
+        if fact := _first_other_fact(kept, made, besides="frames"):
+            return f"{kept.kind} {index}: {fact}"
+    return ""
+
+
+def _first_other_fact(stored: EncodedAudio | EncodedVision, again: EncodedAudio | EncodedVision, *, besides: str) -> str:
+    """Return the first field in which two items differ (grid, timing contract, where a sound starts), or an empty string."""
+    for field in fields(stored):
+        one, other = getattr(stored, field.name), getattr(again, field.name)
+        if field.name != besides and one != other:
+            return f"{field.name} is {one!r:.120}, now {other!r:.120}"
     return ""
 
 
