@@ -6,6 +6,7 @@ and its files are there. A build that was killed leaves `.partial` files and fil
 
 import fcntl
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -113,15 +114,23 @@ def _belongs_to(stem: str, partition: int) -> bool:
     return stem.split("-")[1:2] == [f"{partition:05d}"]
 
 
+_SHARD_STEM = re.compile(r"[A-Za-z0-9_]+-([0-9]{5,7})(-[0-9]{2,})?")
+
+
+def _shards(folder: Path) -> dict[Path, int]:
+    """Return the tars and indices in a dataset's folder with their partition; a user's `backup-20260101.tar` is not one."""
+    files = sorted([*folder.glob("*.tar"), *folder.glob("*.parquet")])
+    return {path: int(match[1]) for path in files if (match := _SHARD_STEM.fullmatch(path.stem)) is not None}
+
+
 def remove_later_partitions(folder: Path, num_partitions: int) -> None:
     """Remove what belongs to partitions that the recipe's inputs no longer have."""
     for path in sorted((folder / RECEIPTS_FOLDER).glob("[0-9]*.json")):
         if path.stem.isdecimal() and int(path.stem) >= num_partitions:
             remove_outputs(folder, int(path.stem))
-    for path in sorted(folder.glob("*-[0-9]*.tar")):
-        number = path.stem.split("-")[1]
-        if number.isdecimal() and int(number) >= num_partitions:
-            remove_outputs(folder, int(number))
+    for number in sorted(set(_shards(folder).values())):
+        if number >= num_partitions:
+            remove_outputs(folder, number)
 
 
 def remove_unused_blobs(folder: Path, used: set[str]) -> None:
@@ -140,10 +149,14 @@ def open_build(folder: Path, identity: Mapping[str, Any], *, overwrite: bool, in
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output {folder}: expected a folder, found a file; choose another output")
-    mine = (folder / RECEIPTS_FOLDER).is_dir()
-    if folder.is_dir() and not mine and any(folder.iterdir()):
-        raise ConfigError(f"output {folder}: holds files that OmniPrep did not write; choose another output or empty it")
-    (folder / RECEIPTS_FOLDER).mkdir(parents=True, exist_ok=True)
+    # The lock is the first file of a build: a folder that merely has a `receipts` of its own is somebody else's.
+    mine = any((folder / RECEIPTS_FOLDER / name).is_file() for name in (_LOCK_NAME, _RECIPE_NAME))
+    try:
+        if folder.is_dir() and not mine and any(path.name != RECEIPTS_FOLDER or any(path.iterdir()) for path in folder.iterdir()):
+            raise ConfigError(f"output {folder}: holds files that OmniPrep did not write; choose another output or empty it")
+        (folder / RECEIPTS_FOLDER).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output {folder}: cannot be made or written: {error.strerror}; choose another output") from None
     with (folder / RECEIPTS_FOLDER / _LOCK_NAME).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -194,7 +207,7 @@ def _claim(folder: Path, identity: Mapping[str, Any], *, overwrite: bool) -> Non
 def _clear(folder: Path) -> None:
     """Remove a whole dataset: the manifest first, so that it is never taken for complete."""
     (folder / MANIFEST_NAME).unlink(missing_ok=True)
-    for path in [*folder.glob("*.tar"), *folder.glob("*.parquet"), *(folder / RECEIPTS_FOLDER).glob("*.json")]:
+    for path in [*_shards(folder), *(folder / RECEIPTS_FOLDER).glob("*.json")]:
         path.unlink()
     shutil.rmtree(folder / QUARANTINE_FOLDER, ignore_errors=True)
 

@@ -151,6 +151,8 @@ def read_manifest(folder: Path) -> Manifest:
     except FileNotFoundError:
         what = "an unfinished dataset; run the same `omniprep prepare` again" if (folder / "receipts").is_dir() else "no dataset"
         raise DatasetError(f"{folder}: {MANIFEST_NAME} is missing, so this is {what}") from None
+    except NotADirectoryError:
+        raise DatasetError(f"{folder}: expected the folder of a dataset, got a file; name the folder that it is in") from None
     except (OSError, ValueError) as error:
         raise DatasetError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(values, dict):

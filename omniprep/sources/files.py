@@ -34,7 +34,8 @@ def find_files(paths: tuple[str, ...], *, place: str) -> tuple[InputFile, ...]:
     for path in paths:
         matches = _match_url(path) if is_url(path) else _match_local(path)
         if not matches:
-            raise ConfigError(f"{place}: no file matches {path!r}; check the path (relative ones start at {Path.cwd()})")
+            start = "" if is_url(path) or Path(path).expanduser().is_absolute() else f" (relative ones start at {Path.cwd()})"
+            raise ConfigError(f"{place}: no file matches {path!r}; check the path{start}")
         found.extend(matches)
     names = [path for path, _ in found]
     twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
