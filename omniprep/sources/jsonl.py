@@ -1,4 +1,4 @@
-"""JSON lines (plain, gzip, zstd), and JSON files that hold one array.
+"""JSON lines (plain, gzip, zstd), and JSON files that hold one array, or one object over several lines.
 
 Planning reads a file once, line by line, and keeps one line in memory. A partition of a plain file starts with a seek;
 a compressed one is read from its start and rows before the partition are skipped unparsed.
@@ -20,6 +20,7 @@ from omniprep.sources.partitions import InputFile, Partition, Row, Slice, Unit, 
 MAX_ROW_BYTES = 1 << 28
 """A line of 256 MiB or more is rejected: a file without line ends must not fill the memory."""
 _BOM = b"\xef\xbb\xbf"
+_PEEK_BYTES = 64
 _JSON_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{},]', re.DOTALL)
 
 
@@ -130,8 +131,11 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant,
 
 
 def _rows(file: InputFile) -> Iterator[_Line]:
-    """Yield the rows of a whole file."""
-    if _holds_array(file.path):
+    """Yield the rows of a whole file. Raises `ConfigError` if it is not text."""
+    with open_input(file.path) as handle:
+        if b"\0" in handle.read(_PEEK_BYTES):
+            raise ConfigError(f"{file.path}: expected lines of JSON in UTF-8, got binary data (or UTF-16)")
+    if _is_one_value(file.path):
         yield from _elements(_read_whole(file.path))
         return
     with open_input(file.path) as handle:
@@ -140,7 +144,7 @@ def _rows(file: InputFile) -> Iterator[_Line]:
 
 def _slice_rows(piece: Slice) -> Iterator[tuple[_Line, bool]]:
     """Yield the rows of a slice, and whether they are elements of an array."""
-    if _holds_array(piece.path):
+    if _is_one_value(piece.path):
         data = _read_whole(piece.path)
         for line in _take(_elements(data, offset=piece.offset, ordinal=piece.line), piece.num_rows):
             yield line, True
@@ -180,13 +184,16 @@ def _lines(handle: BinaryIO, *, offset: int, line: int) -> Iterator[_Line]:
         line += 1
 
 
-def _holds_array(path: str) -> bool:
-    """Return whether a `.json` file holds one array, by its first character."""
+def _is_one_value(path: str) -> bool:
+    """Return whether a `.json` file is one array, by its first character, or one object that does not end with its line."""
     stem = path.lower() if compression_of(path) is None else path.lower().rsplit(".", 1)[0]
     if not stem.endswith(".json"):
         return False
     with open_input(path) as handle:
-        return handle.read(1 << 16).removeprefix(_BOM).lstrip().startswith(b"[")
+        head = handle.read(1 << 16).removeprefix(_BOM).lstrip()
+        if not head.startswith(b"{") or parse_json(head.partition(b"\n")[0])[1] is None:
+            return head.startswith(b"[")
+        return head.partition(b"\n")[0].strip() == b"{" or parse_json((head + handle.read()).strip())[1] is None
 
 
 def _read_whole(path: str) -> bytes | mmap.mmap:
@@ -200,9 +207,14 @@ def _read_whole(path: str) -> bytes | mmap.mmap:
 def _elements(data: bytes | mmap.mmap, *, offset: int | None = None, ordinal: int = 0) -> Iterator[_Line]:
     """Yield the elements of an array, found by brackets alone so that a bad one does not hide the others.
 
+    What is no array is one row.
+
     >>> [bytes(line.text) for line in _elements(b'[{"a": "]"}, 2 ]')]
     [b'{"a": "]"}', b' 2 ']
     """
+    if data[: 1 << 16].removeprefix(_BOM).lstrip().startswith(b"{") and not offset:
+        yield _Line(0, ordinal, data[:].removeprefix(_BOM))
+        return
     start = data.find(b"[") + 1 if offset is None else offset
     depth = 1
     for token in _JSON_TOKEN.finditer(data, start):
