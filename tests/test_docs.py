@@ -85,6 +85,21 @@ def test_quickstart_shows_what_it_says(project: Path) -> None:
     assert "4 records in 1 shards" in out and "rejected: 1 (media_missing 1)" in out
 
 
+def test_preparing_needs_no_torch(project: Path) -> None:
+    """The README says so; importing torch is made to fail."""
+    block = """
+import importlib.abc, sys
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.split(".")[0] in ("torch", "torchvision", "torchaudio", "transformers"):
+            raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Absent())
+"""
+    start = "from omniprep.cli import main; sys.argv = ['omniprep', *sys.argv[1:]]; main()"
+    run([sys.executable, "-c", block + start, "prepare", "recipe.yaml", "--out", "build/plain"], project)
+    assert (project / "build/plain/train-00000.tar").read_bytes() == (project / "build/sft/train-00000.tar").read_bytes()
+
+
 def test_every_reason_is_explained() -> None:
     listed = re.findall(r"^\| `(\w+)` \|", (DOCS / "reference" / "reasons.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert sorted(listed) == sorted(Reason)
