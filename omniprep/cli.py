@@ -204,9 +204,12 @@ def verify(
 @app.command()
 def inspect(
     dataset: DatasetArgument,
-    key: Annotated[Optional[str], typer.Argument(help="Key or id of a record; without one, an overview.")] = None,  # noqa: UP045
+    key: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(help="Key or id of a record, stored or rejected; without one, an overview."),
+    ] = None,
 ) -> None:
-    """Show a dataset, or one record: its text with the loss mask, segments, positions, timing.
+    """Show a dataset, or one record: its text with the loss mask, segments, positions, timing; or why it was rejected.
 
     Example: [bold]omniprep inspect build/sft chat-00000017[/bold]
     """
@@ -214,17 +217,21 @@ def inspect(
         from itertools import islice
 
         from omniprep.encode.thinker import EncodeConfig
-        from omniprep.inspect import dataset_summary, sample_view
+        from omniprep.inspect import dataset_summary, find_rejection, rejection_view, sample_view
         from omniprep.shards.manifest import read_manifest
         from omniprep.shards.reader import find_sample, index_rows
         from omniprep.tokens.vocab import load_tokenizer
 
-        console = Console()
+        console = Console(markup=False)  # ids and file names may hold brackets
         manifest = read_manifest(dataset)
         if key is None:
             console.print(dataset_summary(dataset, manifest, list(islice(index_rows(dataset), 20))))
         else:
-            console.print(sample_view(find_sample(dataset, key), load_tokenizer(EncodeConfig().tokenizer)))
+            rejected = find_rejection(dataset, manifest, key)
+            if rejected is not None:
+                console.print(rejection_view(rejected))
+            else:
+                console.print(sample_view(find_sample(dataset, key), load_tokenizer(EncodeConfig().tokenizer)))
 
 
 @app.command()
@@ -349,11 +356,15 @@ def _describe_manifest(manifest: "Manifest", output: str) -> str:
         f"{output}: {totals.num_records:,} records in {len(manifest.shards)} shards, {in_bytes(num_bytes)}; "
         f"{totals.num_tokens:,} tokens, {totals.num_supervised:,} supervised; "
         f"{totals.audio_s / 3600:.2f} h of audio, {totals.video_s / 3600:.2f} h of video",
-        "splits: " + ", ".join(f"{name} {part.num_records:,}" for name, part in manifest.by_split.items()),
     ]
+    if manifest.by_split:
+        lines.append("splits: " + ", ".join(f"{name} {part.num_records:,}" for name, part in manifest.by_split.items()))
     if manifest.rejects:
         reasons = ", ".join(f"{name} {count:,}" for name, count in sorted(manifest.rejects.items()))
-        lines.append(f"rejected: {sum(manifest.rejects.values()):,} ({reasons}), whole in {output}/quarantine")
+        lines.append(
+            f"rejected: {sum(manifest.rejects.values()):,} ({reasons}), whole in {output}/quarantine; "
+            f"`omniprep inspect {output}` shows why"
+        )
     return "\n".join(lines)
 
 
@@ -362,7 +373,7 @@ def _show_plan(found: "Plan") -> None:
 
     from omniprep.run.progress import in_bytes
 
-    console = Console()
+    console = Console(markup=False)
     table = Table(title=f"{found.num_partitions} partitions")
     for column in ("source", "rows", "rejected", "tokens", "audio h", "video h", "stored", "over length"):
         table.add_column(column, justify="left" if column == "source" else "right")

@@ -15,9 +15,12 @@ from rich.text import Text
 
 from omniprep.profile import IGNORE_INDEX, QWEN2_5_OMNI, ModelProfile
 from omniprep.shards.manifest import Manifest
+from omniprep.shards.quarantine import QUARANTINE_FOLDER, read_quarantine
 from omniprep.tokens.vocab import TextTokenizer
-from omniprep.types import EncodedSample, EncodedVision, Layout, Segment
+from omniprep.types import EncodedSample, EncodedVision, Layout, Rejection, Segment
 
+_MAX_SHOWN = 20
+_MAX_ROW_SHOWN = 4000
 _KIND_STYLES = {"audio": "magenta", "image": "cyan", "video": "blue", "control": "yellow", "text": ""}
 
 
@@ -40,9 +43,42 @@ def dataset_summary(folder: Path, manifest: Manifest, rows: Sequence[dict[str, o
         keys.add_column(column, justify="left" if column in ("key", "id", "split") else "right")
     for row in rows:
         keys.add_row(*(str(row.get(column, "")) for column in columns))
-    return Group(
-        Panel(facts, title=str(folder), title_align="left"), keys, Text(f"\nomniprep inspect {folder} KEY shows one record.")
-    )
+    hint = Text(f"\nomniprep inspect {folder} KEY shows one record.")
+    return Group(Panel(facts, title=str(folder), title_align="left"), keys, *_rejected_table(folder, manifest), hint)
+
+
+def _rejected_table(folder: Path, manifest: Manifest) -> list[RenderableType]:
+    """Return the first rejections in words, so that nobody needs another program to learn what is wrong with a row."""
+    if not manifest.quarantine:
+        return []
+    table = Table(title="\nfirst rejected records", title_justify="left", box=None, pad_edge=False)
+    for column in ("key", "place", "reason"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("detail", overflow="fold")
+    for item in itertools.islice(_rejections(folder, manifest), _MAX_SHOWN):
+        table.add_row(item.key, item.place, item.reason, item.detail)
+    return [table]
+
+
+def _rejections(folder: Path, manifest: Manifest) -> Iterator[Rejection]:
+    for info in manifest.quarantine:
+        for rejected in read_quarantine(folder / QUARANTINE_FOLDER / info.name):
+            yield rejected.rejection
+
+
+def find_rejection(folder: Path, manifest: Manifest, key: str) -> Rejection | None:
+    """Return the rejected record with this key, or None."""
+    return next((item for item in _rejections(folder, manifest) if item.key == key), None)
+
+
+def rejection_view(item: Rejection) -> RenderableType:
+    """Return why a record was rejected, and its row."""
+    facts = Table.grid(padding=(0, 2))
+    for name in ("key", "source", "place", "stage", "reason", "detail"):
+        facts.add_row(name, str(getattr(item, name)))
+    row = item.record.decode("utf-8", "backslashreplace")
+    shown = row if len(row) <= _MAX_ROW_SHOWN else f"{row[:_MAX_ROW_SHOWN]}… ({len(row):,} characters)"
+    return Group(Panel(facts, title="rejected", title_align="left"), Panel(Text(shown), title="row", title_align="left"))
 
 
 def sample_view(sample: EncodedSample, tokenizer: TextTokenizer, profile: ModelProfile = QWEN2_5_OMNI) -> RenderableType:
