@@ -29,6 +29,8 @@ def parse_config(kind: type[ConfigT], values: object, *, place: str) -> ConfigT:
     except ValidationError as error:
         lines = []
         for item in error.errors(include_url=False):
+            if item["type"] == "too_short" and item["input"]:
+                continue  # a list whose entries are wrong is also called too short: not a mistake of its own
             path = ".".join(str(step) for step in item["loc"]) or "(top level)"
             shown = "" if item["type"] in ("missing", "extra_forbidden") else f"; got {item['input']!r:.80}"
             lines.append(f"{place}: {path}: {item['msg'].removeprefix('Value error, ')}{shown}")

@@ -264,6 +264,13 @@ def test_partitions_are_functions_of_their_own_rows(tmp_path: Path) -> None:
         ({"sources": [{"name": "a", "kind": "jsonl", "path": "x"}] * 2}, "source names must differ.*given twice: a"),
         ({"sources": [{"name": "a", "kind": "jsonl", "path": "nothing-*.jsonl"}]}, "no file matches"),
         ({"run": {"workers": 0}}, "run.workers: .*greater than or equal to 1"),
+        ({"encode": {"jpeg_quality": 101}}, "encode.jpeg_quality: .*less than or equal to 100; got 101"),
+        ({"encode": {"max_tokens": 0}}, "encode.max_tokens: .*greater than or equal to 1; got 0"),
+        ({"encode": {"reference_fps": 0}}, "encode.reference_fps: .*greater than 0; got 0"),
+        (
+            {"sources": [{"name": "a b", "kind": "jsonl", "path": "x"}]},
+            r"^[^\n]*sources.0.jsonl.name: String should match[^\n]*$",
+        ),
     ],
 )
 def test_a_wrong_recipe_is_told_before_anything_is_made(tmp_path: Path, change: dict, message: str) -> None:

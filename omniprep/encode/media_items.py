@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
+from pydantic import Field
+
 from omniprep.config import Config
 from omniprep.errors import Reason, RejectSample
 from omniprep.features.mel import log_mel, log_mel_torchaudio
@@ -37,7 +39,7 @@ class MediaSettings(Config):
     video: VideoConfig = VideoConfig()
     frame_format: FrameFormat = "jpeg"
     """`jpeg`, or `raw` for lossless frames at about ten times the size."""
-    jpeg_quality: int = 95
+    jpeg_quality: int = Field(default=95, ge=1, le=100)
 
 
 @dataclass(frozen=True, kw_only=True)

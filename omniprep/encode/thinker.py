@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from pydantic import Field
+
 from omniprep.encode.estimate import Estimate, estimate_media, estimate_text
 from omniprep.encode.media_items import ComputeMel, MediaEncoder, MediaSettings, OpenVideo, Resolve
 from omniprep.errors import Reason, RejectSample
@@ -28,9 +30,9 @@ class EncodeConfig(MediaSettings):
 
     rope_mode: RopeMode = "aligned"
     """`aligned`: every position is a true time. `reference`: bit-equal to transformers, quirks included."""
-    reference_fps: float = QWEN2_5_OMNI.video_fps
+    reference_fps: float = Field(default=QWEN2_5_OMNI.video_fps, gt=0)
     """In `rope_mode: reference`, the `fps` that the reference's processor is called with; it takes every file for that."""
-    max_tokens: int | None = None
+    max_tokens: int | None = Field(default=None, ge=1)
     """Longest sequence; for a preference, each of its two."""
     on_overflow: Literal["reject", "truncate_text"] = "reject"
     """Over-long: reject, or cut the end off. Media are never cut through: one that does not fit is left out whole."""

@@ -4,6 +4,7 @@ Rows are taken as Arrow, so Audio, Image and Video features are never decoded he
 """
 
 import json
+import logging
 import zlib
 from collections.abc import Iterator
 from functools import lru_cache
@@ -97,6 +98,8 @@ def _load(source: HuggingFaceSource) -> Any:
 
     place = f"source {source.name!r}: dataset {source.path!r}"
     datasets.disable_progress_bars()
+    for name in ("datasets", "huggingface_hub"):  # what they warn of while they try again is in the error at the end
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         if not _is_saved(source.path):
             return datasets.load_dataset(
