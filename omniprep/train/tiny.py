@@ -183,6 +183,8 @@ def train_tiny(
 ) -> list[float]:
     """Train a tiny Thinker on a finished dataset, print a line a step, and return the losses in order."""
     console = console or Console()
+    # So small a model gains nothing from threads, and on a busy machine their waiting for each other costs it 20-fold.
+    torch.set_num_threads(1)
     batch = read_batch(folder, num_samples=num_samples)
     model = tiny_thinker(seed=seed)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
