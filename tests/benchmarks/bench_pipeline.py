@@ -32,15 +32,16 @@ def _resolve(reference: str | MediaBlob) -> MediaFile:
 class Ours:
     """Everything from a parsed JSON row to bytes in a shard."""
 
-    def __init__(self, folder: str, resize: ResizeMode = "fast") -> None:
-        self.encoder = ThinkerEncoder(EncodeConfig.model_validate({"image": {"resize": resize}, "video": {"resize": resize}}))
+    def __init__(self, folder: str, resize: ResizeMode = "fast", **settings: Any) -> None:
+        config = {"image": {"resize": resize}, "video": {"resize": resize}, **settings}
+        self._encoder = ThinkerEncoder(EncodeConfig.model_validate(config))
         self._form = MemberFormat()
         self._writer = ShardWriter(Path(folder), f"train-{resize}", source="bench", split="train", partition=0, form=self._form)
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> None:
         for row in rows:
             key = record_key("bench", self._writer.num_records)
-            sample = self.encoder.encode(parse_record(row), key=key, resolve=_resolve)
+            sample = self._encoder.encode(parse_record(row), key=key, resolve=_resolve)
             self._writer.add(sample, to_members(sample, self._form))
 
     def close(self) -> None:

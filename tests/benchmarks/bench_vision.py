@@ -1,11 +1,6 @@
-"""Pictures and videos: distance to the libraries alone, speed against the reference's steps, peak memory of an hour of film.
+"""Pictures and videos: distance to the libraries alone, speed against the reference's steps."""
 
-`python tests/benchmarks/bench_vision.py hour` prints the peak memory above an empty worker.
-"""
-
-import resource
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -133,43 +128,3 @@ def run() -> list[Ratio]:
         clips = [make_clip(Path(folder), 640, 360), make_clip(Path(folder), 1280, 720)]
         lines = [video_ratio(clip, mode) for mode in ("fast", "exact") for clip in clips]
         return [*lines, *(decoder_ratio(clip) for clip in clips), patch_ratio()]
-
-
-def make_hour(folder: Path) -> Path:
-    """Make an hour of 1080p with sound by repeating ten seconds, without encoding again."""
-    import imageio_ffmpeg
-
-    ffmpeg, ten, hour = imageio_ffmpeg.get_ffmpeg_exe(), folder / "ten.mp4", folder / "hour.mp4"
-    inputs = ["-f", "lavfi", "-i", "testsrc2=size=1920x1080:rate=25:duration=10", "-f", "lavfi", "-i", "sine=duration=10"]
-    encoder = ["-c:v", "libx264", "-preset", "ultrafast", "-crf", "40", "-g", "12", "-pix_fmt", "yuv420p", "-c:a", "aac"]
-    subprocess.run([ffmpeg, "-v", "error", "-y", *inputs, *encoder, str(ten)], check=True)
-    subprocess.run([ffmpeg, "-v", "error", "-y", "-stream_loop", "359", "-i", str(ten), "-c", "copy", str(hour)], check=True)
-    return hour
-
-
-def read_hour(path: Path, mode: str) -> float:
-    """Read 128 frames of the file in this process and return the peak memory above its start, in MB."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    media, config = MediaFile(name=path.name, path=path), VideoConfig(resize=mode)
-    plan = plan_video(media, probe_video(media), VideoPart(video="hour", max_frames=128), config)
-    for frame in read_frames(media, plan, config):
-        encode_frame(frame, "jpeg", QUALITY)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-
-
-def hour_peak_mb(mode: str = "fast") -> float:
-    """Return the peak memory in MB that an hour of 1080p adds to a fresh process (an empty worker)."""
-    with tempfile.TemporaryDirectory() as folder:
-        hour = make_hour(Path(folder))
-        command = [sys.executable, __file__, "read", str(hour), mode]
-        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["read"]:
-        print(read_hour(Path(sys.argv[2]), sys.argv[3]))
-    elif sys.argv[1:2] == ["hour"]:
-        print(f"peak above an empty worker: {hour_peak_mb():.0f} MB")
-    else:
-        for line in run():
-            print(f"{line.name}: {line.ours_ms:.1f} ms, other {line.other_ms:.1f} ms, ratio {line.ratio:.2f}")

@@ -79,6 +79,24 @@ def film(heights: tuple[int, ...] = (360, 720), *, seconds: float = 6.0) -> list
     return records
 
 
+def long_film(minutes: int) -> Path:
+    """Return a file of so many minutes of 1080p film with sound: ten seconds again and again, encoded once."""
+    import imageio_ffmpeg
+
+    folder = CACHE / "long"
+    folder.mkdir(parents=True, exist_ok=True)
+    ffmpeg, ten, path = imageio_ffmpeg.get_ffmpeg_exe(), folder / "10s.mp4", folder / f"{minutes}min.mp4"
+    cut = ["-ss", "60", "-i", str(SAMPLES / "moviepy" / "bbb.mp4"), "-t", "10", "-vf", "scale=1920:1080"]
+    encoders = ["-c:v", "libx264", "-preset", "veryfast", "-crf", "36", "-g", "12", "-pix_fmt", "yuv420p", "-c:a", "aac"]
+    repeated = ["-stream_loop", str(6 * minutes - 1), "-i", str(ten), "-c", "copy"]
+    for file, arguments in ((ten, [*cut, *encoders]), (path, repeated)):
+        if not file.exists():
+            partial = file.with_suffix(".partial.mp4")
+            subprocess.run([ffmpeg, "-v", "error", "-y", *arguments, str(partial)], check=True)
+            partial.replace(file)
+    return path
+
+
 def photos() -> list[Record]:
     """Return 6 photos of 0.26 to 2 megapixels as JPEG files."""
     from PIL import Image

@@ -1,4 +1,7 @@
-"""Ratios of CPU time, measured in pairs in one run: the machine may be noisy, a ratio of neighbours is not."""
+"""What the benchmarks return: ratios of CPU time, measured in pairs in one run, and peaks of memory.
+
+The machine may be noisy, a ratio of neighbours is not.
+"""
 
 import gc
 import statistics
@@ -23,6 +26,21 @@ class Ratio:
     @property
     def met(self) -> bool:
         return self.ratio >= self.target if self.at_least else self.ratio <= self.target
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Peak:
+    """One line of the memory table: the same work on a short and on a long file."""
+
+    name: str
+    short_mb: float
+    """Peak of resident memory above what an empty worker has, in MB (10^6 bytes), on the short file."""
+    long_mb: float
+    limit_mb: float
+
+    @property
+    def met(self) -> bool:
+        return max(self.short_mb, self.long_mb) <= self.limit_mb
 
 
 def _cpu_ms(function: Callable[[], object], rounds: int) -> float:

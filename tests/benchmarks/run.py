@@ -1,7 +1,8 @@
 """Run every `bench_*.py` beside this file and print one table: `python tests/benchmarks/run.py [--only NAME] [--json FILE]`.
 
-A benchmark module has `run() -> list[Ratio]`. Both sides of a ratio are timed in this run, in turn, in one thread, so a
-slow or busy machine changes the milliseconds but hardly the ratio. Exit code 1 if a target is missed or a module fails.
+A benchmark module has `run()`, which returns ratios or peaks of memory. Both sides of a ratio are timed in this run, in
+turn, in one thread, so a slow or busy machine changes the milliseconds but hardly the ratio. Exit code 1 if a target is
+missed or a module fails.
 """
 
 import os
@@ -23,7 +24,7 @@ from dataclasses import asdict  # noqa: E402
 from importlib.metadata import PackageNotFoundError, version  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-from ratios import Ratio  # noqa: E402
+from ratios import Peak, Ratio  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
@@ -69,16 +70,34 @@ def versions() -> dict[str, str]:
 
 def table(ratios: Sequence[Ratio]) -> Table:
     """Return the result as a table; a speed-up reads "x times as fast", a distance to a floor "x times its time"."""
-    shown = Table(
-        "what", "ours", "other", "ratio", "target", "met", title="ms of CPU time unless named otherwise; median of pairs"
-    )
-    for column in shown.columns[1:5]:
-        column.justify = "right"
+    shown = _table("CPU time in ms, median of pairs", "ours", "other", "ratio", "target")
     for one in ratios:
         sign = "≥" if one.at_least else "≤"
-        met = "[green]yes[/]" if one.met else "[red]NO[/]"
-        shown.add_row(one.name, f"{one.ours_ms:,.3g}", f"{one.other_ms:,.3g}", f"{one.ratio:.2f}", f"{sign} {one.target:g}", met)
+        times = (f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}" for ms in (one.ours_ms, one.other_ms))
+        shown.add_row(one.name, *times, f"{one.ratio:.2f}", f"{sign} {one.target:g}", _met(one.met))
     return shown
+
+
+def memory_table(peaks: Sequence[Peak]) -> Table:
+    """Return the peaks of memory as a table."""
+    shown = _table("Peak memory of a worker in MB above an empty one", "1 minute", "1 hour", "limit")
+    for one in peaks:
+        shown.add_row(one.name, f"{one.short_mb:.0f}", f"{one.long_mb:.0f}", f"≤ {one.limit_mb:g}", _met(one.met))
+    return shown
+
+
+def _table(title: str, *columns: str) -> Table:
+    """Return an empty table whose first column gives way where a terminal is narrow."""
+    shown = Table(title=title)
+    shown.add_column("what", overflow="fold")
+    for column in columns:
+        shown.add_column(column, justify="right", no_wrap=True)
+    shown.add_column("met", no_wrap=True)
+    return shown
+
+
+def _met(met: bool) -> str:
+    return "[green]yes[/]" if met else "[red]NO[/]"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -88,26 +107,32 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", action="append", choices=names, help="run this module (may be given again)")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     given = parser.parse_args(arguments)
-    console = Console(width=max(Console().width, 120))
-    ratios: list[Ratio] = []
+    console = Console()
+    lines: list[Ratio | Peak] = []
     failed: list[str] = []
     for name in given.only or names:
         start = time.perf_counter()
         try:
-            ratios += importlib.import_module(f"bench_{name}").run()
+            lines += importlib.import_module(f"bench_{name}").run()
         except Exception:  # one broken benchmark must not hide the others' figures
             failed.append(name)
             traceback.print_exc()
         console.print(f"bench {name}: {time.perf_counter() - start:.0f} s", style="dim", highlight=False)
-    console.print(table(ratios))
+    ratios = [one for one in lines if isinstance(one, Ratio)]
+    peaks = [one for one in lines if isinstance(one, Peak)]
+    if ratios:
+        console.print(table(ratios))
+    if peaks:
+        console.print(memory_table(peaks))
     console.print(machine() + "; " + ", ".join(f"{name} {number}" for name, number in versions().items()), highlight=False)
-    missed = [one.name for one in ratios if not one.met]
+    missed = [one.name for one in lines if not one.met]
     console.print(
-        f"{len(ratios) - len(missed)} of {len(ratios)} targets met" + (f"; failed to run: {', '.join(failed)}" if failed else "")
+        f"{len(lines) - len(missed)} of {len(lines)} targets met" + (f"; failed to run: {', '.join(failed)}" if failed else "")
     )
     if given.json:
-        rows = [{**asdict(one), "met": one.met} for one in ratios]
-        report = {"machine": machine(), "versions": versions(), "failed": failed, "ratios": rows}
+        found = {"ratios": ratios, "memory": peaks}
+        rows = {name: [{**asdict(one), "met": one.met} for one in group] for name, group in found.items()}
+        report = {"machine": machine(), "versions": versions(), "failed": failed, **rows}
         given.json.parent.mkdir(parents=True, exist_ok=True)
         given.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return 1 if missed or failed else 0
