@@ -127,8 +127,11 @@ class Partition:
 
     @property
     def digest(self) -> str:
-        """Return a SHA-256 over names, sizes, row ranges and checksums; not over the folder that the files lie in."""
-        facts = [self.first_row, *([s.name, s.num_bytes, s.offset, s.row, s.num_rows, s.checksum] for s in self.slices)]
+        """Return a SHA-256 over names, row ranges and checksums.
+
+        Not over the folder that the files lie in, nor over a file's size: rows added to its end leave the others' work valid.
+        """
+        facts = [self.first_row, *([s.name, s.offset, s.row, s.num_rows, s.checksum] for s in self.slices)]
         return _sha256(json.dumps(facts).encode())
 
     def to_json(self) -> dict[str, Any]:
