@@ -25,6 +25,8 @@ _MAX_MEMBER_BYTES = 8**11 - 1
 """The largest size that a ustar header can state (8 GiB)."""
 _MAX_NAME_BYTES = 100
 _BUFFER_BYTES = 1 << 20
+_MAX_OPEN_SHARDS = 32
+"""Records name their splits; one each must not use up the process's file descriptors."""
 _SMALL_BYTES = 1 << 18
 """Below this, one copy of a record is cheaper than hashing and writing it in pieces."""
 _TAIL = b"0".ljust(101, b"\0") + b"ustar\x0000".ljust(255, b"\0")
@@ -193,16 +195,21 @@ class PartitionWriter:
         size = sum(2 * BLOCK_BYTES + len(data) for data in members.values())
         writer = self._open.get(sample.split)
         if writer is not None and writer.num_bytes + size > self._max_shard_bytes:
-            self._closed.append(self._open.pop(sample.split).close())
-            self._number[sample.split] += 1
+            self._close_shard(sample.split)
             writer = None
+        if writer is None and len(self._open) >= _MAX_OPEN_SHARDS:
+            self._close_shard(next(iter(self._open)))
         (writer or self._start(sample.split)).add(sample, members)
 
     def close(self) -> tuple[ShardInfo, ...]:
         """Publish every shard and return them by name."""
         while self._open:
-            self._closed.append(self._open.pop(min(self._open)).close())
+            self._close_shard(min(self._open))
         return tuple(sorted(self._closed, key=lambda shard: shard.name))
+
+    def _close_shard(self, split: str) -> None:
+        self._closed.append(self._open.pop(split).close())
+        self._number[split] += 1
 
     def _start(self, split: str) -> ShardWriter:
         writer = ShardWriter(
