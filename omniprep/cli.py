@@ -90,7 +90,10 @@ def prepare(
     executor: ExecutorOption = None,
     address: AddressOption = None,
     limit: LimitOption = None,
-    overwrite: Annotated[bool, typer.Option(help="Delete a dataset that another recipe built there.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Delete what is there, of this or another recipe, and build anew.")] = False,
+    retry_rejected: Annotated[
+        bool, typer.Option("--retry-rejected", help="Do partitions with rejected records again: their media were mended.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Build a dataset, or what is missing of it.
@@ -107,7 +110,7 @@ def prepare(
         loaded = load_recipe(recipe, limit=limit, output=output, workers=workers, executor=executor, address=address)
         with ExitStack() as stack:
             try:
-                manifest = build(loaded, overwrite=overwrite, show=_shower("prepare", stack))
+                manifest = build(loaded, overwrite=overwrite, retry_rejected=retry_rejected, show=_shower("prepare", stack))
             except KeyboardInterrupt:
                 stack.close()
                 _say(f"interrupted; finished partitions are kept in {loaded.output}. The same command goes on from here.")

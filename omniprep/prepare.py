@@ -197,9 +197,16 @@ def check_supervised(sample: EncodedSample) -> None:
             )
 
 
-def prepare(recipe: Recipe, *, overwrite: bool = False, show: Callable[[int, int], Progress] | None = None) -> Manifest:
+def prepare(
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    retry_rejected: bool = False,
+    show: Callable[[int, int], Progress] | None = None,
+) -> Manifest:
     """Build the recipe's dataset, or what is missing of it, seal it and return its manifest.
 
+    A receipt does not know whether media have been mended since: `retry_rejected` does partitions with rejections again.
     `show` is called with (partitions to do, partitions in all) and returns what is told of progress. Raises
     `ConfigError`, and `DatasetError` if the result may not be sealed; a `KeyboardInterrupt` leaves a build that the
     same call continues.
@@ -209,7 +216,8 @@ def prepare(recipe: Recipe, *, overwrite: bool = False, show: Callable[[int, int
     place = Path(worker.recipe.folder)
     with open_build(worker.folder, recipe.identity(), overwrite=overwrite, inputs_folder=place):
         remove_later_partitions(worker.folder, len(jobs))
-        receipts = {job.number: receipt for job in jobs if (receipt := _finished(worker, job)) is not None}
+        finished = {job.number: receipt for job in jobs if (receipt := _finished(worker, job)) is not None}
+        receipts = {number: receipt for number, receipt in finished.items() if not (retry_rejected and receipt.num_rejected)}
         todo = [job for job in jobs if job.number not in receipts]
         if todo:
             (worker.folder / MANIFEST_NAME).unlink(missing_ok=True)

@@ -16,7 +16,10 @@ from tests.prepare_builders import chat, write_media, write_recipe, write_rows
 
 COMMANDS = ("prepare", "plan", "verify", "inspect", "encode", "schema")
 OPTIONS = {
-    "prepare": {"--out", "--workers", "--executor", "--address", "--limit", "--overwrite", "--no-overwrite", "--json"},
+    "prepare": {
+        *("--out", "--workers", "--executor", "--address", "--limit"),
+        *("--overwrite", "--no-overwrite", "--retry-rejected", "--json"),
+    },
     "plan": {"--workers", "--executor", "--address", "--limit", "--json"},
     "verify": {"--against", "--limit", "--inputs", "--json"},
     "inspect": set(),

@@ -156,7 +156,7 @@ def test_changed_rows_redo_their_partition_only(tmp_path: Path) -> None:
     rows = [*TEXT[:9], chat(99)]
     manifest = prepare(recipe(tmp_path, rows))
     fresh = {path.name for path in (tmp_path / "out").glob("*.tar") if path.stat().st_mtime_ns != times[path.name]}
-    assert "train-00002.tar" in fresh
+    assert fresh == {"train-00002.tar"}
     assert manifest.totals.num_records == 10
     assert find_sample(tmp_path / "out", "id-99").row == 9
     assert list(verify(tmp_path / "out")) == []
@@ -205,6 +205,31 @@ def test_a_second_build_at_the_same_time_is_refused(tmp_path: Path) -> None:
     made = recipe(tmp_path, TEXT)
     with open_build(tmp_path / "out", made.identity(), overwrite=False), pytest.raises(ConfigError, match="another `omniprep"):
         prepare(made)
+
+
+def test_mended_media_are_found_when_rejected_records_are_tried_again(tmp_path: Path) -> None:
+    made = recipe(tmp_path, [*TEXT[:5], chat(5, {"image": "i.png"})])
+    assert prepare(made).rejects == {"media_missing": 1}
+    write_media(tmp_path / "data")
+    first = (tmp_path / "out" / "train-00000.tar").stat().st_mtime_ns
+    assert prepare(made).rejects == {"media_missing": 1}
+    assert prepare(made, retry_rejected=True).rejects == {}
+    assert (tmp_path / "out" / "train-00000.tar").stat().st_mtime_ns == first, "only partitions with rejections"
+    assert list(verify(tmp_path / "out")) == []
+
+
+def test_added_rows_leave_finished_partitions_alone(tmp_path: Path) -> None:
+    prepare(recipe(tmp_path, TEXT[:8]))
+    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")}
+    assert prepare(recipe(tmp_path, TEXT)).num_rows == 10
+    assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in times} == times
+
+
+def test_a_split_for_every_record_does_not_use_up_the_files(tmp_path: Path) -> None:
+    rows = [chat(number, split=f"s{number % 50}") for number in range(150)]
+    manifest = prepare(recipe(tmp_path, rows, run={"rows_per_partition": 200, "executor": "serial"}))
+    assert {name: part.num_records for name, part in manifest.by_split.items()} == {f"s{number}": 3 for number in range(50)}
+    assert list(verify(tmp_path / "out")) == []
 
 
 def test_too_many_rejects_are_not_sealed_but_kept(tmp_path: Path) -> None:
