@@ -1,5 +1,6 @@
 """What a record will cost, from headers alone: nothing is decoded."""
 
+from contextlib import closing
 from dataclasses import dataclass
 
 from omniprep.encode.media_items import MediaEncoder, MediaSettings, OpenVideo, Resolve, check_track_is_there
@@ -93,15 +94,13 @@ def _video(part: VideoPart, resolve: Resolve, encoder: MediaEncoder, *, max_toke
     settings, profile = encoder.settings, encoder.profile
     files: tuple[MediaFile, ...] = tuple(resolve(ref) for ref in (part.video if isinstance(part.video, tuple) else (part.video,)))
     info = None if part.frames_ready else probe_video(files[0])
-    check_track_is_there(part, files[0], has_audio=info is not None and info.has_audio)
-    sound = (
-        resolve(part.audio_track) if part.audio_track is not None else files[0] if info is not None and info.has_audio else None
-    )
-    track = Estimate()
-    if sound is not None and part.audio_in_video != "off":
-        track = _sound(probe_audio(sound), part.video_start, part.video_end, settings=settings, profile=profile)
-    video = OpenVideo(part=part, files=files, info=info, track=None)
-    left = None if max_tokens is None else max(0, max_tokens - track.num_tokens)
-    plan = encoder.plan(video, max_tokens=left)
+    with closing(OpenVideo(part=part, files=files, info=info, track=None)) as video:
+        has_audio = info is not None and info.has_audio
+        check_track_is_there(part, files[0], has_audio=has_audio)
+        sound = resolve(part.audio_track) if part.audio_track is not None else files[0] if has_audio else None
+        track = Estimate()
+        if sound is not None and part.audio_in_video != "off":
+            track = _sound(probe_audio(sound), part.video_start, part.video_end, settings=settings, profile=profile)
+        plan = encoder.plan(video, max_tokens=None if max_tokens is None else max(0, max_tokens - track.num_tokens))
     frames = _vision(plan.grid_thw, len(plan.times_s), settings=settings, profile=profile)
     return frames + track + Estimate(video_s=plan.times_s[-1] - plan.times_s[0])

@@ -59,6 +59,11 @@ class OpenVideo:
         """Return the length by which videos of one record share a token budget."""
         return self.info.duration_s if self.info is not None else 1.0
 
+    def close(self) -> None:
+        """Close the file: PyAV's objects refer to each other, so that it would stay open until the next garbage collection."""
+        if self.info is not None and self.info.opened is not None:
+            self.info.opened[0].close()
+
 
 class MediaEncoder:
     """Encodes media parts by one set of settings. `compute_mel` replaces the backend that the settings name."""
@@ -108,9 +113,13 @@ class MediaEncoder:
         assert not isinstance(part.video, tuple)
         media = resolve(part.video)
         info = probe_video(media)
-        check_track_is_there(part, media, has_audio=info.has_audio)
-        track = self._track(part, media if info.has_audio else None, resolve)
-        return OpenVideo(part=part, files=(media,), info=info, track=track)
+        video = OpenVideo(part=part, files=(media,), info=info, track=None)
+        try:
+            check_track_is_there(part, media, has_audio=info.has_audio)
+            return replace(video, track=self._track(part, media if info.has_audio else None, resolve))
+        except RejectSample:
+            video.close()
+            raise
 
     def plan(self, video: OpenVideo, *, max_tokens: int | None = None) -> VideoPlan:
         """Choose the frames and their size; `max_tokens` is the share of the token budget for the modes that use one."""

@@ -8,6 +8,7 @@ answers as two tails) and documents.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -106,11 +107,17 @@ class ThinkerEncoder:
         self, runs: Sequence[TokenRun | MediaPiece], media: _Media, resolve: Resolve, *, reserved: int = 0
     ) -> list[Run]:
         """Put a media run in place of every media piece. Videos come last, when the tokens of all else are known."""
-        opened = [self._open(run, resolve) for run in runs]
-        num_tokens = reserved + sum(self._num_tokens(run) for run in opened if not isinstance(run, OpenVideo))
-        num_tokens += sum(self._num_video_overhead(run) for run in opened if isinstance(run, OpenVideo))
-        shares = self._video_shares([run for run in opened if isinstance(run, OpenVideo)], num_tokens)
-        return [placed for run in opened for placed in self._place(run, media, shares)]
+        with ExitStack() as files:
+            opened = []
+            for run in runs:
+                opened.append(self._open(run, resolve))
+                if isinstance(opened[-1], OpenVideo):
+                    files.callback(opened[-1].close)
+            videos = [run for run in opened if isinstance(run, OpenVideo)]
+            num_tokens = reserved + sum(self._num_tokens(run) for run in opened if not isinstance(run, OpenVideo))
+            num_tokens += sum(self._num_video_overhead(video) for video in videos)
+            shares = self._video_shares(videos, num_tokens)
+            return [placed for run in opened for placed in self._place(run, media, shares)]
 
     def _open(self, run: TokenRun | MediaPiece, resolve: Resolve) -> "TokenRun | OpenVideo | _Sounds | _Picture":
         if not isinstance(run, MediaPiece):
@@ -226,10 +233,10 @@ class ThinkerEncoder:
                 kept.append(run)
                 left -= size
                 continue
-            if isinstance(run, tuple):
+            if isinstance(run, tuple) and left:
                 ids, supervised = run
                 kept.append((ids[:left], supervised if isinstance(supervised, bool) else supervised[:left]))
-            elif keep_media:
+            elif keep_media and not isinstance(run, tuple):
                 detail = (
                     f"media need {size} tokens where {left} of max_tokens={limit} are left; a preference's media cannot be cut"
                 )
