@@ -44,20 +44,17 @@ def dataset_summary(folder: Path, manifest: Manifest, rows: Sequence[dict[str, o
     for row in rows:
         keys.add_row(*(str(row.get(column, "")) for column in columns))
     hint = Text(f"\nomniprep inspect {folder} KEY shows one record.")
-    return Group(Panel(facts, title=str(folder), title_align="left"), keys, *_rejected_table(folder, manifest), hint)
+    return Group(Panel(facts, title=str(folder), title_align="left"), keys, *_rejected_lines(folder, manifest), hint)
 
 
-def _rejected_table(folder: Path, manifest: Manifest) -> list[RenderableType]:
+def _rejected_lines(folder: Path, manifest: Manifest) -> list[RenderableType]:
     """Return the first rejections in words, so that nobody needs another program to learn what is wrong with a row."""
     if not manifest.quarantine:
         return []
-    table = Table(title="\nfirst rejected records", title_justify="left", box=None, pad_edge=False)
-    for column in ("key", "place", "reason"):
-        table.add_column(column, no_wrap=True)
-    table.add_column("detail", overflow="fold")
+    lines = [Text("\nfirst rejected records", style="italic")]
     for item in itertools.islice(_rejections(folder, manifest), _MAX_SHOWN):
-        table.add_row(item.key, item.place, item.reason, item.detail)
-    return [table]
+        lines.append(Text.assemble((f"{item.key}  {item.place}: ", "bold"), (item.reason, "red"), f": {item.detail}"))
+    return list(lines)
 
 
 def _rejections(folder: Path, manifest: Manifest) -> Iterator[Rejection]:

@@ -18,7 +18,7 @@ def shown(*arguments: object) -> str:
 def test_rejected_records_are_shown_with_their_reason(tmp_path: Path) -> None:
     prepare(recipe(tmp_path, [chat(0), '{"messages": ', chat(2, {"image": "[/none].png"})]))
     overview = shown(tmp_path / "out")
-    assert "chat-00000001  chat.jsonl:2  schema_invalid" in overview
+    assert "chat-00000001  chat.jsonl:2: schema_invalid: not valid JSON" in overview
     assert "messages.0.content.1: [/none].png: no such file" in overview
     one = shown(tmp_path / "out", "chat-00000002")
     assert "media_missing" in one

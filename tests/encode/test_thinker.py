@@ -309,3 +309,12 @@ def test_the_torchaudio_backend_makes_the_same_layout(encode: Callable[..., Enco
     assert 0 < np.abs(one.audio[0].mel - other.audio[0].mel).max() < 1e-4
     with pytest.raises(ValueError, match="needs backend: torchaudio"):
         AudioConfig(device="cuda")
+
+
+def test_a_text_cut_to_nothing_does_not_count_as_supervised(encode: Callable[..., EncodedSample]) -> None:
+    parts = [{"text": "one two three", "loss": False}, {"image": "i.png"}, {"text": "four"}]
+    whole = encode({"parts": parts})
+    size = whole.num_tokens - 2  # all but the last part and the closing token
+    with pytest.raises(RejectSample, match="nothing supervised is left"):
+        encode({"parts": parts}, max_tokens=size, on_overflow="truncate_text")
+    assert encode({"parts": parts}, max_tokens=size + 1, on_overflow="truncate_text").num_tokens == size + 1
