@@ -74,6 +74,7 @@ def run() -> list[Ratio]:
             _against(f"{FILM}: vs README path (fast resize)", film, fast, stock, target=4.0, pairs=5),
             _against(f"{FILM}: vs README path (exact resize)", film, exact, stock, target=2.2, pairs=5),
             _against(f"{PHOTOS}: vs README path (fast resize)", photos, fast, stock, target=1.3, pairs=7),
+            _against(f"{PHOTOS}: vs README path (exact resize)", photos, exact, stock, target=1.3, pairs=7),
             _against(f"{TEXT}: vs README path", text, fast, stock, target=1.2, pairs=7),
         ]
         fast.close()
