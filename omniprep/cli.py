@@ -110,7 +110,7 @@ def prepare(
         loaded = load_recipe(recipe, limit=limit, output=output, workers=workers, executor=executor, address=address)
         with ExitStack() as stack:
             try:
-                manifest = build(loaded, overwrite=overwrite, retry_rejected=retry_rejected, show=_shower("prepare", stack))
+                manifest = build(loaded, overwrite=overwrite, retry_rejected=retry_rejected, show=_Shower("prepare", stack))
             except KeyboardInterrupt:
                 stack.close()
                 _say(f"interrupted; finished partitions are kept in {loaded.output}. The same command goes on from here.")
@@ -142,7 +142,7 @@ def plan(
         loaded = load_recipe(recipe, limit=limit, workers=workers, executor=executor, address=address)
         with ExitStack() as stack:
             try:
-                found = plan_recipe(loaded, show=_shower("plan", stack))
+                found = plan_recipe(loaded, show=_Shower("plan", stack))
             except KeyboardInterrupt:
                 stack.close()
                 _say("interrupted; nothing was written")
@@ -346,10 +346,6 @@ class _Shower:
         return self._stack.enter_context(display)
 
 
-def _shower(title: str, stack: ExitStack) -> _Shower:
-    return _Shower(title, stack)
-
-
 def _describe_manifest(manifest: "Manifest", output: str) -> str:
     from omniprep.run.progress import in_bytes
 
@@ -365,8 +361,7 @@ def _describe_manifest(manifest: "Manifest", output: str) -> str:
     if manifest.rejects:
         reasons = ", ".join(f"{name} {count:,}" for name, count in sorted(manifest.rejects.items()))
         lines.append(
-            f"rejected: {sum(manifest.rejects.values()):,} ({reasons}), whole in {output}/quarantine; "
-            f"`omniprep inspect {output}` shows why"
+            f"rejected: {manifest.num_rows - totals.num_records:,} ({reasons}), whole in {output}/quarantine; see `omniprep inspect {output}`"
         )
     return "\n".join(lines)
 
