@@ -4,8 +4,6 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
-import numpy as np
-
 from omniprep.errors import Reason, RejectSample
 from omniprep.media.video_probe import VideoInfo
 from omniprep.types import MediaFile, Uint8Array
@@ -30,11 +28,9 @@ def open_decord(media: MediaFile, info: VideoInfo, *, size: tuple[int, int] | No
 
 
 def held_bytes(info: VideoInfo, size: tuple[int, int] | None) -> int:
-    """Return what decord may hold: it decodes and converts every frame from the last key frame on, and runs ahead."""
-    keyframes = np.append(np.flatnonzero(info.keyframes), info.num_frames)
-    longest = int(np.diff(keyframes).max(initial=0)) if len(keyframes) > 1 else info.num_frames
+    """Return what decord may hold: it decodes every frame and runs ahead of its reader, at worst to the end of the file."""
     height, width = size or (info.height, info.width)
-    return longest * height * width * 3
+    return info.num_frames * height * width * 3
 
 
 def read_decord(reader: Any, media: MediaFile, indices: Sequence[int]) -> Iterator[Uint8Array]:
