@@ -8,9 +8,9 @@ probe_video ──> VideoInfo ──plan_video──> VideoPlan (indices, true t
 GIF, several streams) and files too long for it: it decodes every frame and runs ahead of its reader without a bound
 (an hour of 1080p at full size: 0.5 to 2.9 GB; PyAV: 60 to 100 MB), so a file that would not fit in a worker whole is not
 given to it (`held_bytes`). The choice depends on the file and the settings alone, never on load, and is recorded.
-Full-size frames of the two are equal bit for bit for 8-bit H.264, HEVC and VP9 (full and limited range, BT.601 and BT.709 tags, rotation;
-tested). PyAV leaves out the decoding of frames that nothing refers to, so `decoder: pyav` is the quicker choice where few
-of many frames are kept: 6 s of 720p, 12 of 144 frames: 112 ms instead of 213 ms.
+Full-size frames of the two are equal bit for bit for 8-bit H.264, HEVC and VP9 (full and limited range, BT.601 and BT.709
+tags, rotation; tested). PyAV leaves out the decoding of frames that nothing refers to, so `decoder: pyav` is the quicker
+choice where few of many frames are kept: 6 s of 720p, 12 of 144 frames: 112 ms instead of 213 ms.
 """
 
 from collections.abc import Iterator
