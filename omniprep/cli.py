@@ -360,9 +360,8 @@ def _describe_manifest(manifest: "Manifest", output: str) -> str:
         lines.append("splits: " + ", ".join(f"{name} {part.num_records:,}" for name, part in manifest.by_split.items()))
     if manifest.rejects:
         reasons = ", ".join(f"{name} {count:,}" for name, count in sorted(manifest.rejects.items()))
-        lines.append(
-            f"rejected: {manifest.num_rows - totals.num_records:,} ({reasons}), whole in {output}/quarantine; see `omniprep inspect {output}`"
-        )
+        told = f"rejected: {manifest.num_rows - totals.num_records:,} ({reasons}), whole in {output}/quarantine"
+        lines.append(f"{told}; see `omniprep inspect {output}`")
     return "\n".join(lines)
 
 
