@@ -137,16 +137,18 @@ def test_what_decord_gets_wrong_goes_to_pyav(make, name):
 
 
 @pytest.mark.parametrize("resize", ["exact", "fast"])
-def test_auto_takes_decord_unless_it_would_hold_too_much(plain, resize, monkeypatch):
+def test_auto_takes_decord_unless_it_would_decode_or_hold_too_much(plain, resize, monkeypatch):
     if resize == "exact":
         pytest.importorskip("torch")
     info = probe_video(plain)
     config = VideoConfig(resize=resize)
-    plan = plan_video(plain, info, VideoPart(video="x"), config)
+    assert plan_video(plain, info, VideoPart(video="x", fps=2), config).decoder == "pyav"  # few frames are kept
+    part = VideoPart(video="x", fps=12)
+    plan = plan_video(plain, info, part, config)
     assert plan.decoder == "decord"
     size = (plan.height, plan.width) if resize == "fast" else None
     monkeypatch.setattr("omniprep.media.video._MAX_HELD_BYTES", held_bytes(info, size) - 1)
-    small = plan_video(plain, info, VideoPart(video="x"), config)
+    small = plan_video(plain, info, part, config)
     assert small.decoder == "pyav"
     pairs = zip(read_frames(plain, plan, config), read_frames(plain, small, config), strict=True)
     differences = [np.abs(one.astype(int) - other).mean() for one, other in pairs]
