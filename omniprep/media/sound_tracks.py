@@ -119,6 +119,9 @@ def mix_to_mono(samples: Float32Array) -> Float32Array:
     return mono
 
 
+PCM_16_SCALE = np.float32(2.0**-15)
+
+
 # soundfile ----------------------------------------------------------------------------------------------------------------
 
 
@@ -137,6 +140,8 @@ def _soundfile_track(sound_file: Any, name: str) -> SoundTrack:
 
     num_samples, rate = int(sound_file.frames), int(sound_file.samplerate)
     is_guess = sound_file.format in ("MP3", "MPEG")  # without a Xing header its length is a guess by bit rate
+    # The same values as libsndfile's own conversion, which goes sample by sample: a third of the time.
+    dtype = "int16" if sound_file.subtype == "PCM_16" else "float32"
 
     def read(first: int, stop: int | None) -> Iterator[Float32Array]:
         last = num_samples if stop is None else min(stop, num_samples)
@@ -145,11 +150,11 @@ def _soundfile_track(sound_file: Any, name: str) -> SoundTrack:
             if position:
                 sound_file.seek(position)
             while position < last:
-                block = sound_file.read(min(BLOCK_SAMPLES, last - position), dtype="float32", always_2d=True)
+                block = sound_file.read(min(BLOCK_SAMPLES, last - position), dtype=dtype, always_2d=True)
                 if not len(block):
                     break
                 position += len(block)
-                yield mix_to_mono(block)
+                yield mix_to_mono(block if dtype == "float32" else np.multiply(block, PCM_16_SCALE, dtype=np.float32))
         except soundfile.SoundFileError as error:
             raise _corrupt(name, error) from None
         if position < last and not is_guess:
