@@ -10,6 +10,7 @@ that laid it out against the reference wherever the reference has an answer.
 """
 
 import importlib.metadata
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -30,11 +31,11 @@ from omniprep.receipts import read_inputs_folder
 from omniprep.recipe import Recipe
 from omniprep.records import AudioPart, Conversation, Document, Message, Preference, Record, TextPart
 from omniprep.reference import Reference, ReferenceInput, render_chatml, render_document
-from omniprep.shards.index import read_index
 from omniprep.shards.manifest import read_manifest, write_manifest
 from omniprep.shards.reader import ShardReader
 from omniprep.sources.media_store import MediaStore
-from omniprep.sources.partitions import Row
+from omniprep.sources.partitions import Partition, Row
+from omniprep.sources.source import Source
 from omniprep.tokens.vocab import ADDED_TOKENS
 from omniprep.types import EncodedAudio, EncodedSample, EncodedVision, Float32Array
 from omniprep.verify import Finding
@@ -65,17 +66,24 @@ def compare_with_reference(folder: Path, recipe_folder: Path, *, limit: int | No
     """
     manifest = read_manifest(folder)
     recipe = Recipe.model_validate({**manifest.recipe, "output": str(folder), "folder": str(recipe_folder)}).located()
-    places = [(shard, number) for shard in manifest.shards for number in range(len(read_index(folder / shard.index_name)[0]))]
-    chosen = _spread(places, limit)
-    rows = _rows_of(recipe, [_index_row(folder, shard.index_name, number) for shard, number in chosen])
+    places = [(shard.name, number) for shard in manifest.shards for number in range(shard.totals.num_records)]
+    parts = {
+        source.name: (source, source.partitions(rows_per_partition=recipe.run.rows_per_partition)) for source in recipe.sources
+    }
     side = _Sides(recipe, stored_tolerance=STORED_MEL_TOLERANCE[manifest.mel_dtype])
-    for shard, number in chosen:
-        with ShardReader(folder / shard.name) as reader:
-            stored = reader.read(number)
-        row = rows.get((stored.source, stored.row))
-        if row is None:
-            raise DatasetError(f"{stored.key}: source {stored.source!r} no longer holds row {stored.row}; was its file changed?")
-        yield side.compare(stored, row)
+    # Shard by shard: a shard holds rows of one partition, so one reading of the source serves all of them.
+    for name, chosen in itertools.groupby(_spread(places, limit), key=lambda place: place[0]):
+        with ShardReader(folder / name) as reader:
+            numbers = [number for _, number in chosen]
+            source, partitions = parts[reader.rows[numbers[0]]["source"]]
+            rows = _read_rows(source, partitions, {reader.rows[number]["row"] for number in numbers})
+            for number in numbers:
+                stored = reader.read(number)
+                row = rows.get(stored.row)
+                if row is None:
+                    changed = f"source {stored.source!r} no longer holds row {stored.row}; was its file changed?"
+                    raise DatasetError(f"{stored.key}: {changed}")
+                yield side.compare(stored, row)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,22 +132,12 @@ def _spread(places: Sequence[Any], limit: int | None) -> list[Any]:
     return [places[int(index * len(places) / limit)] for index in range(limit)]
 
 
-def _index_row(folder: Path, name: str, number: int) -> Mapping[str, Any]:
-    row: Mapping[str, Any] = read_index(folder / name)[0][number]
-    return row
-
-
-def _rows_of(recipe: Recipe, wanted: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], Row]:
-    """Read the wanted rows of every source again."""
-    found: dict[tuple[str, int], Row] = {}
-    for source in recipe.sources:
-        numbers = {row["row"] for row in wanted if row["source"] == source.name}
-        if not numbers:
-            continue
-        for part in source.partitions(rows_per_partition=recipe.run.rows_per_partition):
-            if numbers.isdisjoint(range(part.first_row, part.first_row + part.num_rows)):
-                continue
-            found.update({(source.name, row.index): row for row in source.read(part) if row.index in numbers})
+def _read_rows(source: Source, partitions: Sequence[Partition], numbers: set[int]) -> dict[int, Row]:
+    """Read the rows with these numbers of a source again."""
+    found: dict[int, Row] = {}
+    for part in partitions:
+        if not numbers.isdisjoint(range(part.first_row, part.first_row + part.num_rows)):
+            found |= {row.index: row for row in source.read(part) if row.index in numbers}
     return found
 
 

@@ -224,7 +224,7 @@ def _grey_to_bytes(grey: "np.ndarray[Any, Any]", name: str) -> Uint8Array:
     elif grey.dtype.kind == "f" and low >= 0 and high <= 1:
         levels = levels * 255
     elif low < 0 or high > 255:
-        levels = (levels - low) * (255 / (high - low))
+        levels = (levels - low) * (255 / ((high - low) or 1))
     pixels: Uint8Array = np.rint(levels).astype(np.uint8)
     return pixels
 

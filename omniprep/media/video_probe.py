@@ -71,16 +71,22 @@ def probe_video(media: MediaFile) -> VideoInfo:
     """
     with reading_video(media):
         container, stream = open_video(media)
-        packets, rotation, pixel_format = _scan(container, stream, may_be_turned=_may_be_turned(media))
-        if not packets.num_read:
-            raise RejectSample(Reason.MEDIA_EMPTY, "the video stream has no packets")
-        if not len(packets) or not pixel_format:
-            if _index_ends_behind_file(stream, media):
-                raise RejectSample(Reason.MEDIA_TRUNCATED, "the file ends before its first frame; fetch it again")
-            raise RejectSample(
-                Reason.MEDIA_CORRUPT, f"no frame could be decoded ({stream.codec_context.name}); is the file damaged?"
-            )
-        return _describe(media, container, stream, packets=packets, rotation=rotation, pixel_format=pixel_format)
+        try:
+            return _probe_open(media, container, stream)
+        except BaseException:
+            container.close()
+            raise
+
+
+def _probe_open(media: MediaFile, container: Any, stream: Any) -> VideoInfo:
+    packets, rotation, pixel_format = _scan(container, stream, may_be_turned=_may_be_turned(media))
+    if not packets.num_read:
+        raise RejectSample(Reason.MEDIA_EMPTY, "the video stream has no packets")
+    if not len(packets) or not pixel_format:
+        if _index_ends_behind_file(stream, media):
+            raise RejectSample(Reason.MEDIA_TRUNCATED, "the file ends before its first frame; fetch it again")
+        raise RejectSample(Reason.MEDIA_CORRUPT, f"no frame could be decoded ({stream.codec_context.name}); is the file damaged?")
+    return _describe(media, container, stream, packets=packets, rotation=rotation, pixel_format=pixel_format)
 
 
 def open_video(media: MediaFile) -> tuple[Any, Any]:
@@ -90,7 +96,11 @@ def open_video(media: MediaFile) -> tuple[Any, Any]:
     # An absolute path cannot be mistaken for a protocol ("concat:...").
     source = os.path.abspath(media.path) if media.path is not None else media.open()  # noqa: PTH100
     container = av.open(source, options={"format_whitelist": _FORMATS}, metadata_errors="replace")
-    return container, _video_stream(container)
+    try:
+        return container, _video_stream(container)
+    except BaseException:
+        container.close()
+        raise
 
 
 @contextmanager

@@ -129,6 +129,7 @@ def test_deep_grey_is_scaled_not_clipped():
         (np.array([[-1.0, 0.0, 1.0]], np.float32), [0, 128, 255]),
         (np.array([[0, 65535, 257]], np.int32), [0, 255, 1]),
         (np.array([[0, 1_000_000, 500_000]], np.int32), [0, 255, 128]),
+        (np.array([[300.0, 300.0, 300.0]], np.float32), [0, 0, 0]),
     ],
 )
 def test_float_and_wide_grey_are_spread(values, expected):
