@@ -21,7 +21,6 @@ class Reason(StrEnum):
     ROLE_UNKNOWN = "role_unknown"
     PLACEHOLDER_MISMATCH = "placeholder_mismatch"
     """The number of `<image>`, `<video>`, `<audio>` marks differs from the number of media given."""
-    DUPLICATE_ID = "duplicate_id"
     CONTROL_TOKEN = "control_token"
     """User text contains a control token's string and the recipe says `reject`."""
     TOO_MANY_TOKENS = "too_many_tokens"

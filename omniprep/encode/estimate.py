@@ -3,7 +3,7 @@
 from contextlib import closing
 from dataclasses import dataclass
 
-from omniprep.encode.media_items import MediaEncoder, MediaSettings, OpenVideo, Resolve, check_track_is_there
+from omniprep.encode.media_items import MediaEncoder, MediaSettings, OpenVideo, Resolve, check_track_is_there, counts_as_silence
 from omniprep.errors import Reason, RejectSample
 from omniprep.media.audio import probe_audio
 from omniprep.media.image import image_size, probe_image
@@ -100,7 +100,11 @@ def _video(part: VideoPart, resolve: Resolve, encoder: MediaEncoder, *, max_toke
         sound = resolve(part.audio_track) if part.audio_track is not None else files[0] if has_audio else None
         track = Estimate()
         if sound is not None and part.audio_in_video != "off":
-            track = _sound(probe_audio(sound), part.video_start, part.video_end, settings=settings, profile=profile)
+            try:
+                track = _sound(probe_audio(sound), part.video_start, part.video_end, settings=settings, profile=profile)
+            except RejectSample as error:
+                if not counts_as_silence(part, error):
+                    raise
         plan = encoder.plan(video, max_tokens=None if max_tokens is None else max(0, max_tokens - track.num_tokens))
     frames = _vision(plan.grid_thw, len(plan.times_s), settings=settings, profile=profile)
     return frames + track + Estimate(video_s=plan.times_s[-1] - plan.times_s[0])

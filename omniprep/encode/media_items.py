@@ -187,8 +187,7 @@ class MediaEncoder:
         try:
             (clip,) = decode_audio(sound, start_s=start_s, end_s=end_s, config=config, profile=self.profile, may_split=False)
         except RejectSample as error:
-            outside = error.reason in (Reason.AUDIO_TOO_SHORT, Reason.MEDIA_EMPTY, Reason.MEDIA_RANGE)
-            if part.audio_in_video == "auto" and outside:
+            if counts_as_silence(part, error):
                 return None
             raise
         return self._clip(clip, sound.name)
@@ -202,3 +201,9 @@ def check_track_is_there(part: VideoPart, media: MediaFile, *, has_audio: bool) 
             f'{media.name}: "audio_in_video" is "on", but it has no sound track and the record names no `audio_track`; '
             "say `auto` or `off`, or name one",
         )
+
+
+def counts_as_silence(part: VideoPart, error: RejectSample) -> bool:
+    """Return whether a sound track that cannot be used leaves a silent video: one without a token's worth, under `auto`."""
+    too_little = error.reason in (Reason.AUDIO_TOO_SHORT, Reason.MEDIA_EMPTY, Reason.MEDIA_RANGE)
+    return part.audio_in_video == "auto" and too_little
