@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "omniprep"
 LAYERS = {
     **dict.fromkeys(("__init__", "errors", "types", "records", "config", "rng", "profile"), 0),
-    "run": 1,
+    **dict.fromkeys(("run", "storage"), 1),
     **dict.fromkeys(("media", "features", "codecs"), 2),
     **dict.fromkeys(("tokens", "sources", "shards"), 3),
     **dict.fromkeys(("encode", "stream"), 4),

@@ -1,0 +1,1 @@
+"""Where datasets lie: folders whose files are absent or complete, local or at any fsspec URL."""
