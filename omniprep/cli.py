@@ -17,6 +17,7 @@ from omniprep.errors import ConfigError, OmniPrepError
 if TYPE_CHECKING:
     from omniprep.plan import Plan
     from omniprep.run.progress import Progress
+    from omniprep.receipts import ClaimMode
     from omniprep.shards.manifest import Manifest
 
 EXIT_FINDINGS, EXIT_BAD_USE, EXIT_INTERRUPTED = 1, 2, 130
@@ -30,7 +31,7 @@ app = typer.Typer(
 )
 
 RecipeArgument = Annotated[Path, typer.Argument(help="Recipe file (YAML).", show_default=False)]
-DatasetArgument = Annotated[Path, typer.Argument(help="Folder of a finished dataset.", show_default=False)]
+DatasetArgument = Annotated[str, typer.Argument(help="Folder or URL of a finished dataset.", show_default=False)]
 ExecutorOption = Annotated[
     Optional[Literal["ray", "serial"]],  # noqa: UP045 - typer reads Optional
     typer.Option(help="Ray, or this process alone."),
@@ -85,20 +86,29 @@ def _root(
 def prepare(
     recipe: RecipeArgument,
     *,
-    out: Annotated[Optional[Path], typer.Option(help="Write here instead of the recipe's `output`.")] = None,  # noqa: UP045
+    out: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Write to this folder or URL instead of the recipe's `output`."),
+    ] = None,
     workers: WorkersOption = None,
     executor: ExecutorOption = None,
     address: AddressOption = None,
     limit: LimitOption = None,
-    overwrite: Annotated[bool, typer.Option(help="Delete what is there, of this or another recipe, and build anew.")] = False,
-    retry_rejected: Annotated[
-        bool, typer.Option("--retry-rejected", help="Do partitions with rejected records again: their media were mended.")
+    update: Annotated[
+        bool, typer.Option("--update", help="The recipe has changed: do again only what the change touches.")
     ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete what is there, of this or another recipe, and build anew.")
+    ] = False,
+    media_cache: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Keep encoded media in this folder or URL, so that a change of text decodes nothing again."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Build a dataset, or what is missing of it.
 
-    A build that was stopped goes on where it was when the same command is run again.
+    A build that was stopped goes on where it was when the same command is run again. So does one whose sources have grown.
 
     Example: [bold]omniprep prepare pipelines/thinker_sft.yaml --workers 8[/bold]
     """
@@ -106,18 +116,73 @@ def prepare(
         from omniprep.prepare import prepare as build
         from omniprep.recipe import load_recipe
 
-        output = str(out) if out is not None else None
-        loaded = load_recipe(recipe, limit=limit, output=output, workers=workers, executor=executor, address=address)
-        with ExitStack() as stack:
-            try:
-                manifest = build(loaded, overwrite=overwrite, retry_rejected=retry_rejected, show=_Shower("prepare", stack))
-            except KeyboardInterrupt:
-                stack.close()
-                _say(f"interrupted; finished partitions are kept in {loaded.output}. The same command goes on from here.")
-                raise typer.Exit(EXIT_INTERRUPTED) from None
+        if update and overwrite:
+            raise ConfigError("--update keeps what is there and --overwrite deletes it: say one of them")
+        run = {"workers": workers, "executor": executor, "address": address, "media_cache": media_cache}
+        loaded = load_recipe(recipe, limit=limit, output=out, **run)
+        with ExitStack() as stack, _kept_on_interrupt(loaded.output, stack):
+            mode: ClaimMode = "overwrite" if overwrite else "update" if update else "continue"
+            manifest = build(loaded, mode=mode, show=_Shower("prepare", stack))
         _print(manifest.model_dump_json() if as_json else _describe_manifest(manifest, loaded.output))
         if not manifest.totals.num_records:
             _say(f"error: no record was stored: all {manifest.num_rows} were rejected")
+            raise typer.Exit(EXIT_FINDINGS)
+
+
+@contextmanager
+def _kept_on_interrupt(output: str, stack: ExitStack) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        stack.close()
+        _say(f"interrupted; finished partitions are kept in {output}. The same command goes on from here.")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+@app.command()
+def retry(
+    dataset: DatasetArgument,
+    *,
+    workers: WorkersOption = None,
+    executor: ExecutorOption = None,
+    address: AddressOption = None,
+    timeout_s: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(min=0.1, help="Longest time for one record instead of the recipe's."),
+    ] = None,
+    memory_bytes: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=64 << 20, help="Most memory for one record instead of the recipe's."),
+    ] = None,
+    inputs: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Where the recipe's relative paths start; default: where it was built."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Try a dataset's rejected records again, after their media were mended or fetched.
+
+    What works now goes into further shards; finished shards are not touched. Exit code 1 if records are still rejected.
+
+    Example: [bold]omniprep retry build/sft[/bold]
+    """
+    with plain_errors():
+        from omniprep.prepare import retry as try_again
+        from omniprep.shards.manifest import read_manifest
+
+        num_before = sum(read_manifest(dataset).rejects.values())
+        limits = {"timeout_s": timeout_s, "memory_bytes": memory_bytes}
+        run: dict[str, object] = {"workers": workers, "executor": executor, "address": address}
+        guard = {name: value for name, value in limits.items() if value is not None}
+        with ExitStack() as stack, _kept_on_interrupt(dataset, stack):
+            manifest = try_again(dataset, run={**run, "guard": guard or None}, inputs=inputs, show=_Shower("retry", stack))
+        num_left = sum(manifest.rejects.values())
+        if as_json:
+            _print(manifest.model_dump_json())
+        else:
+            _print(f"{num_before - num_left:,} of {num_before:,} rejected records are in the shards now")
+            _print(_describe_manifest(manifest, dataset))
+        if num_left:
             raise typer.Exit(EXIT_FINDINGS)
 
 

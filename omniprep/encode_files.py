@@ -15,10 +15,10 @@ from omniprep.encode.model_inputs import model_inputs
 from omniprep.encode.thinker import ThinkerEncoder
 from omniprep.errors import ConfigError, RejectSample
 from omniprep.records import Record
-from omniprep.shards.files import write_file
 from omniprep.sources.jsonl import JsonlSource
 from omniprep.sources.media_store import MediaStore
 from omniprep.sources.partitions import Row
+from omniprep.storage.local import LocalFolder
 from omniprep.types import EncodedSample
 
 
@@ -70,7 +70,7 @@ def _write(sample: EncodedSample, out: Path) -> Iterator[Path]:
         path = out / (f"{sample.key}.npz" if name == "tokens" else f"{sample.key}.{name}.npz")
         data = BytesIO()
         np.savez(data, **model_inputs(sample, name))  # type: ignore[arg-type]
-        write_file(path, data.getvalue())
+        LocalFolder(str(out)).write(path.name, data.getvalue())
         yield path
 
 

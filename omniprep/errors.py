@@ -48,6 +48,12 @@ class Reason(StrEnum):
     """One side is over 200 times the other."""
     IMAGE_TOO_LARGE = "image_too_large"
     VIDEO_TOO_SHORT = "video_too_short"
+    TIMED_OUT = "timed_out"
+    """The record took longer than `run.guard.timeout_s`; its process was killed."""
+    CRASHED = "crashed"
+    """The record's process died: most often a decoder that media made crash."""
+    OUT_OF_MEMORY = "out_of_memory"
+    """The record took more than `run.guard.memory_bytes`; its process was killed."""
     REFERENCE_UNDEFINED = "reference_undefined"
     """`rope_mode: reference` was asked for an input that the reference cannot process."""
 

@@ -5,7 +5,6 @@ Everything is shown from what is stored, not from what was meant: ids are decode
 
 import itertools
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 from rich.console import Group, RenderableType
@@ -15,7 +14,8 @@ from rich.text import Text
 
 from omniprep.profile import IGNORE_INDEX, QWEN2_5_OMNI, ModelProfile
 from omniprep.shards.manifest import Manifest
-from omniprep.shards.quarantine import QUARANTINE_FOLDER, read_quarantine
+from omniprep.shards.quarantine import read_quarantine
+from omniprep.storage.folder import Place, as_folder
 from omniprep.tokens.vocab import TextTokenizer
 from omniprep.types import EncodedSample, EncodedVision, Layout, Rejection, Segment
 
@@ -24,7 +24,7 @@ _MAX_ROW_SHOWN = 4000
 _KIND_STYLES = {"audio": "magenta", "image": "cyan", "video": "blue", "control": "yellow", "text": ""}
 
 
-def dataset_summary(folder: Path, manifest: Manifest, rows: Sequence[dict[str, object]]) -> RenderableType:
+def dataset_summary(folder: Place, manifest: Manifest, rows: Sequence[dict[str, object]]) -> RenderableType:
     """Return the overview of a dataset: what is in it, and the first keys to look at."""
     facts = Table.grid(padding=(0, 2))
     totals = manifest.totals
@@ -43,11 +43,12 @@ def dataset_summary(folder: Path, manifest: Manifest, rows: Sequence[dict[str, o
         keys.add_column(column, justify="left" if column in ("key", "id", "split") else "right")
     for row in rows:
         keys.add_row(*(str(row.get(column, "")) for column in columns))
-    hint = Text(f"\nomniprep inspect {folder} KEY shows one record.")
-    return Group(Panel(facts, title=str(folder), title_align="left"), keys, *_rejected_lines(folder, manifest), hint)
+    place = as_folder(folder).place
+    hint = Text(f"\nomniprep inspect {place} KEY shows one record.")
+    return Group(Panel(facts, title=place, title_align="left"), keys, *_rejected_lines(folder, manifest), hint)
 
 
-def _rejected_lines(folder: Path, manifest: Manifest) -> list[RenderableType]:
+def _rejected_lines(folder: Place, manifest: Manifest) -> list[RenderableType]:
     """Return the first rejections in words, so that nobody needs another program to learn what is wrong with a row."""
     if not manifest.quarantine:
         return []
@@ -57,13 +58,13 @@ def _rejected_lines(folder: Path, manifest: Manifest) -> list[RenderableType]:
     return list(lines)
 
 
-def _rejections(folder: Path, manifest: Manifest) -> Iterator[Rejection]:
+def _rejections(folder: Place, manifest: Manifest) -> Iterator[Rejection]:
     for info in manifest.quarantine:
-        for rejected in read_quarantine(folder / QUARANTINE_FOLDER / info.name):
+        for rejected in read_quarantine(as_folder(folder), info.name):
             yield rejected.rejection
 
 
-def find_rejection(folder: Path, manifest: Manifest, key: str) -> Rejection | None:
+def find_rejection(folder: Place, manifest: Manifest, key: str) -> Rejection | None:
     """Return the rejected record with this key, or None."""
     return next((item for item in _rejections(folder, manifest) if item.key == key), None)
 
@@ -71,7 +72,7 @@ def find_rejection(folder: Path, manifest: Manifest, key: str) -> Rejection | No
 def rejection_view(item: Rejection) -> RenderableType:
     """Return why a record was rejected, and its row."""
     facts = Table.grid(padding=(0, 2))
-    for name in ("key", "source", "place", "stage", "reason", "detail"):
+    for name in ("key", "source", "place", "stage", "reason", "detail", "probe"):
         facts.add_row(name, str(getattr(item, name)))
     row = item.record.decode("utf-8", "backslashreplace")
     shown = row if len(row) <= _MAX_ROW_SHOWN else f"{row[:_MAX_ROW_SHOWN]}… ({len(row):,} characters)"

@@ -9,7 +9,8 @@ from pydantic import Field
 
 from omniprep.encode.estimate import Estimate
 from omniprep.errors import RejectSample
-from omniprep.prepare import Job, Worker, build_worker, plan_jobs, run_jobs
+from omniprep.prepare import build_worker, plan_jobs, run_jobs
+from omniprep.prepare_partition import Job, Worker
 from omniprep.recipe import Recipe
 from omniprep.run.progress import Progress, Silent
 from omniprep.shards.manifest import Stored
@@ -93,15 +94,10 @@ def probe_partition(worker: Worker, job: Job) -> PartitionPlan:
     num_rows = num_over_length = 0
     longest, heaviest = LargestRecord(), LargestRecord()
     limit = worker.recipe.encode.max_tokens
-    for row in source.read(job.partition):
+    for row, estimate in worker.probe_rows(job, source.read(job.partition)):
         num_rows += 1
-        try:
-            if row.error is not None:
-                raise row.error
-            resolve = partial(worker.store.resolve, base=row.base)
-            estimate = worker.encoder.estimate(source.to_record(row.value), resolve=resolve)
-        except RejectSample as error:
-            rejects[str(error.reason)] += 1
+        if isinstance(estimate, RejectSample):
+            rejects[str(estimate.reason)] += 1
             continue
         total += estimate
         lengths[sum(estimate.num_tokens >= edge for edge in LENGTH_EDGES)] += 1

@@ -1,344 +1,238 @@
 """From a recipe to a sealed dataset.
 
 ```
-recipe ── partitions ──> [ read → parse → encode → write shard, index, quarantine, receipt ] ── receipts ──> manifest
+recipe ── partitions ──> [ one worker each: prepare_partition.py ] ── receipts ──> manifest
 ```
 
-A partition is the unit of work, of failure and of resume: its files are a function of its rows, the recipe and the
-version of OmniPrep. The driver only cuts the work, waits, adds up receipts and seals.
+A partition is the unit of work, of failure and of resume. The driver only cuts the work, waits, adds up receipts and
+seals. What a finished receipt still vouches for is not done again: after a kill, after rows were added, after another
+source of the recipe changed.
 
 Keys are `SOURCE-ROW`, so they are unique whatever the records' own ids are; those are kept beside them. Two records
 with one id are therefore both kept, and land in the same split.
 """
 
-import importlib.metadata
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from omniprep import __version__
-from omniprep.encode.thinker import ThinkerEncoder
-from omniprep.errors import DatasetError, Reason, RejectSample
-from omniprep.profile import QWEN2_5_OMNI, ModelProfile
+from omniprep.errors import ConfigError
+from omniprep.probe import choose_rows
+from omniprep.prepare_partition import Job, Worker, file_stamp, prepare_partition, retry_partition, rows_sha256
 from omniprep.receipts import (
+    Claim,
+    ClaimMode,
     Receipt,
+    files_are_there,
     open_build,
+    read_claim,
+    read_inputs,
+    read_inputs_folder,
     read_receipt,
-    remove_later_partitions,
-    remove_outputs,
-    remove_unused_blobs,
-    write_receipt,
+    sweep,
+    write_claim,
 )
 from omniprep.recipe import Recipe
-from omniprep.rng import rng_for
 from omniprep.run import serial
 from omniprep.run.progress import Progress, Silent
-from omniprep.shards.manifest import MANIFEST_NAME, Manifest, Totals, add_up, read_manifest, write_manifest
-from omniprep.shards.quarantine import Rejected, store_blobs, write_quarantine
-from omniprep.shards.writer import PartitionWriter, record_key
-from omniprep.sources.media_store import MediaStore
-from omniprep.sources.partitions import Partition, Row
-from omniprep.sources.source import Source
-from omniprep.types import EncodedSample, Rejection
+from omniprep.seal import check_rate, seal
+from omniprep.shards.manifest import MANIFEST_NAME, Manifest
+from omniprep.sources.jsonl import JsonlSource
+from omniprep.sources.media_facts import changed
+from omniprep.storage.folder import open_folder
 
-LIBRARIES = (
-    "av",
-    "decord",
-    "numpy",
-    "pillow",
-    "pyarrow",
-    "simplejpeg",
-    "soundfile",
-    "soxr",
-    "tokenizers",
-    "torch",
-    "torchvision",
-)
-"""Libraries whose version may show in the bytes; the manifest names them."""
+_RECEIPT_THREADS = 16
+"""Receipts read at a time: on an object store each takes a few round trips."""
+
+Show = Callable[[int, int], Progress]
+"""Called with (partitions to do, partitions in all); returns what is told of progress."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """One partition of a recipe."""
-
-    number: int
-    """Over all sources, in the recipe's order; the number in file names."""
-    source: int
-    """Position of its source in the recipe."""
-    partition: Partition
-
-
-@dataclass(frozen=True)
-class Worker:
-    """What a worker process builds once."""
-
-    recipe: Recipe
-    profile: ModelProfile = QWEN2_5_OMNI
-
-    @cached_property
-    def encoder(self) -> ThinkerEncoder:
-        """Return the encoder, built on first use."""
-        return ThinkerEncoder(self.located.encode, self.profile)
-
-    @cached_property
-    def store(self) -> MediaStore:
-        """Return where media are found."""
-        return MediaStore(self.located.media)
-
-    @cached_property
-    def located(self) -> Recipe:
-        """Return the recipe with the paths of its inputs placed."""
-        return self.recipe.located()
-
-    @property
-    def folder(self) -> Path:
-        """Return the dataset's folder."""
-        return Path(self.recipe.output)
-
-    def source(self, job: Job) -> Source:
-        """Return the source that a job reads."""
-        return self.located.sources[job.source]
-
-
-def prepare_partition(worker: Worker, job: Job) -> Receipt:
-    """Read, encode and write one partition, and return its receipt, which is written last."""
-    source = worker.source(job)
-    remove_outputs(worker.folder, job.number)
-    rejected: list[Rejected] = []
-    num_rows = 0
-    writer = PartitionWriter(
-        worker.folder,
-        source=source.name,
-        partition=job.number,
-        form=worker.recipe.member_format,
-        max_shard_bytes=worker.recipe.shards.max_shard_bytes,
-        profile=worker.profile,
-    )
-    with writer as shards:
-        for row in source.read(job.partition):
-            num_rows += 1
-            try:
-                failed = _store_row(worker, source, row, shards)
-            except Exception as error:
-                error.add_note(f"while preparing row {row.place} of source {source.name!r}")
-                raise
-            if failed is not None:
-                rejected.append(Rejected(rejection=failed, blobs=store_blobs(worker.folder, row.blobs)))
-        written = shards.close()
-    receipt = Receipt(
-        partition=job.number,
-        source=source.name,
-        partition_sha256=job.partition.digest,
-        recipe_sha256=worker.recipe.sha256,
-        omniprep=__version__,
-        libraries=library_versions(),
-        tokenizer_sha256=worker.encoder.tokenizer.digest,
-        num_rows=num_rows,
-        rejects=dict(sorted(Counter(str(item.rejection.reason) for item in rejected).items())),
-        shards=written,
-        quarantine=write_quarantine(worker.folder, partition=job.number, source=source.name, rejected=rejected),
-    )
-    write_receipt(worker.folder, receipt)
-    return receipt
-
-
-def _store_row(worker: Worker, source: Source, row: Row, shards: PartitionWriter) -> Rejection | None:
-    """Put one row into the shards, or return why it cannot be used."""
-    key = record_key(source.name, row.index)
-    stage = "read"
-    try:
-        if row.error is not None:
-            raise row.error
-        stage = "parse"
-        record = source.to_record(row.value)
-        stage = "encode"
-        sample = worker.encoder.encode(record, key=key, resolve=partial(worker.store.resolve, base=row.base))
-        split = record.split or source.split or choose_split(record.id or key, worker.recipe)
-        sample = replace(sample, source=source.name, row=row.index, split=split)
-        if worker.recipe.require_supervised:
-            check_supervised(sample)
-        shards.add(sample)
-    except RejectSample as error:
-        return Rejection(
-            key=key,
-            source=source.name,
-            row=row.index,
-            place=row.place,
-            stage=stage,  # type: ignore[arg-type]
-            reason=str(error.reason),
-            detail=error.detail,
-            retryable=error.retryable,
-            record=row.raw,
-        )
-    return None
-
-
-def choose_split(name: str, recipe: Recipe) -> str:
-    """Return the split of a record by a hash of its id (or key): the same whatever else is in the dataset."""
-    draw = float(rng_for(name, seed=recipe.seed, stage="split").random())
-    for split, share in recipe.splits.items():
-        if draw < share:
-            return split
-        draw -= share
-    return "train"
-
-
-def check_supervised(sample: EncodedSample) -> None:
-    """Raise `RejectSample` (`NOTHING_SUPERVISED`) if a sequence of the sample has nothing to learn from."""
-    for name, layout in sample.layouts.items():
-        if not layout.num_supervised:
-            raise RejectSample(
-                Reason.NOTHING_SUPERVISED,
-                f"{name}: none of {layout.num_tokens} tokens is supervised; add an assistant message, set `loss: true` on a "
-                "message or part, or set `require_supervised: false` in the recipe",
-            )
-
-
-def prepare(
-    recipe: Recipe,
-    *,
-    overwrite: bool = False,
-    retry_rejected: bool = False,
-    show: Callable[[int, int], Progress] | None = None,
-) -> Manifest:
+def prepare(recipe: Recipe, *, mode: ClaimMode = "continue", show: Show | None = None) -> Manifest:
     """Build the recipe's dataset, or what is missing of it, seal it and return its manifest.
 
-    A receipt does not know whether media have been mended since: `retry_rejected` does partitions with rejections again.
-    `show` is called with (partitions to do, partitions in all) and returns what is told of progress. Raises
-    `ConfigError`, and `DatasetError` if the result may not be sealed; a `KeyboardInterrupt` leaves a build that the
-    same call continues.
+    `mode` says what becomes of a folder that was built from another recipe: `continue` refuses it, `update` does again
+    what the change touches, `overwrite` deletes everything. Raises `ConfigError`, `StorageError` (a full disk), and
+    `DatasetError` if the result may not be sealed. After any of these, a kill or a `KeyboardInterrupt` the same call goes
+    on from the partitions that are finished.
     """
     worker = Worker(recipe.anchored())
-    jobs = plan_jobs(worker.located)
     place = Path(worker.recipe.folder)
-    with open_build(worker.folder, recipe.identity(), overwrite=overwrite, inputs_folder=place):
-        remove_later_partitions(worker.folder, len(jobs))
-        finished = {job.number: receipt for job in jobs if (receipt := _finished(worker, job)) is not None}
-        receipts = {number: receipt for number, receipt in finished.items() if not (retry_rejected and receipt.num_rejected)}
-        todo = [job for job in jobs if job.number not in receipts]
+    jobs = plan_jobs(worker.located, read_claim(worker.folder) if mode != "overwrite" else None)
+    with open_build(worker.folder, recipe.identity(), mode=mode, inputs_folder=place) as claim:
+        write_claim(worker.folder, _with_sizes(claim, jobs))
+        with ThreadPoolExecutor(_RECEIPT_THREADS) as threads:
+            found = threads.map(lambda job: valid_receipt(worker, job), jobs)
+            receipts = {receipt.stem: receipt for receipt in found if receipt is not None}
+        todo = [job for job in jobs if job.stem not in receipts]
         if todo:
-            (worker.folder / MANIFEST_NAME).unlink(missing_ok=True)
-            worker.encoder  # noqa: B018 - a wrong tokenizer is told here, before any worker starts
-        progress = show(len(todo), len(jobs)) if show is not None else Silent()
-        for _, receipt in run_jobs(partial(build_worker, prepare_partition, worker.recipe), todo, worker.recipe, stage="prepare"):
-            receipts[receipt.partition] = receipt
-            num_bytes = sum(shard.num_bytes for shard in receipt.shards)
-            progress.advance(num_rows=receipt.num_rows, num_rejected=receipt.num_rejected, num_bytes=num_bytes)
-        return seal(worker.recipe, jobs, [receipts[job.number] for job in jobs])
+            worker.folder.remove(MANIFEST_NAME)
+        sealed = worker.folder.version(MANIFEST_NAME)
+        sweep(worker.folder, receipts.values())
+        _run(worker, prepare_partition, todo, jobs, receipts, stage="prepare", show=show)
+        return seal(worker.recipe, jobs, [receipts[job.stem] for job in jobs], version=sealed)
 
 
-def plan_jobs(recipe: Recipe) -> list[Job]:
-    """Return the recipe's partitions, source by source. Raises `ConfigError` if a source cannot be read."""
-    rows = recipe.run.rows_per_partition
-    parts = [
-        (position, part) for position, source in enumerate(recipe.sources) for part in source.partitions(rows_per_partition=rows)
-    ]
-    return [Job(number=number, source=position, partition=part) for number, (position, part) in enumerate(parts)]
+def retry(output: str, *, run: dict[str, object] | None = None, inputs: Path | None = None, show: Show | None = None) -> Manifest:
+    """Try a dataset's rejected records again, after their media were mended, and seal it anew.
+
+    What works now is written into further shards; finished ones are not touched. `run` holds fields of `RunConfig`,
+    `inputs` the folder that the recipe's relative paths start from, if it is not where `prepare` found it. Raises
+    `ConfigError` if the folder holds no finished build or its rows have changed: `prepare` does those again.
+    """
+    folder = open_folder(output)
+    claim = read_claim(folder)
+    if claim is None:
+        raise ConfigError(f"{output}: no dataset of `omniprep prepare`; name the folder that it wrote")
+    place = inputs or read_inputs_folder(folder)
+    values = {**claim.recipe, "output": output, "folder": str(place)}
+    values["run"] = {**values["run"], **{name: value for name, value in (run or {}).items() if value is not None}}
+    recipe = Recipe.model_validate(values)
+    worker = Worker(recipe.anchored())
+    with open_build(worker.folder, recipe.identity(), mode="continue", inputs_folder=place) as claim:
+        jobs = plan_jobs(worker.located, claim)
+        found = (valid_receipt(worker, job, with_media=False) for job in jobs)
+        receipts = {receipt.stem: receipt for receipt in found if receipt is not None}
+        if len(receipts) < len(jobs):
+            raise ConfigError(
+                f"{output}: {len(jobs) - len(receipts)} of {len(jobs)} partitions are not finished or their rows have changed; "
+                "run `omniprep prepare` with its recipe first"
+            )
+        sealed = worker.folder.version(MANIFEST_NAME)
+        sweep(worker.folder, receipts.values())
+        todo = [job for job in jobs if receipts[job.stem].num_rejected]
+        _run(worker, retry_partition, todo, jobs, receipts, stage="retry", show=show)
+        return seal(worker.recipe, jobs, [receipts[job.stem] for job in jobs], version=sealed)
+
+
+def _run(
+    worker: Worker,
+    function: Callable[[Worker, Job], Receipt],
+    todo: Sequence[Job],
+    jobs: Sequence[Job],
+    receipts: dict[str, Receipt],
+    *,
+    stage: str,
+    show: Show | None,
+) -> None:
+    """Do what is to be done, adding to `receipts`; stop as soon as too many records are rejected."""
+    progress = show(len(todo), len(jobs)) if show is not None else Silent()
+    num_rows = sum(job.partition.num_rows for job in jobs)
+    num_rejected = sum(receipt.num_rejected for receipt in receipts.values())
+    for _, receipt in run_jobs(partial(build_worker, function, worker.recipe), todo, worker.recipe, stage=stage):
+        before = receipts.get(receipt.stem)
+        receipts[receipt.stem] = receipt
+        num_rejected += receipt.num_rejected - (before.num_rejected if before is not None else 0)
+        num_bytes = sum(shard.num_bytes for shard in receipt.shards)
+        progress.advance(num_rows=receipt.num_rows, num_rejected=receipt.num_rejected, num_bytes=num_bytes)
+        check_rate(worker.recipe, receipts.values(), num_rejected=num_rejected, num_rows=num_rows)
+
+
+def plan_jobs(recipe: Recipe, claim: Claim | None = None) -> list[Job]:
+    """Return the recipe's partitions, source by source. Raises `ConfigError` if a source cannot be read.
+
+    Where the recipe says `rows_per_partition: auto`, a source keeps the size that `claim` says it was cut by.
+    """
+    jobs: list[Job] = []
+    for position, source in enumerate(recipe.sources):
+        rows = recipe.run.rows_per_partition
+        if rows == "auto":
+            known = claim.rows_per_partition.get(source.name) if claim is not None else None
+            rows = known or choose_rows(recipe, position)
+        parts = source.partitions(rows_per_partition=rows)
+        jobs += (Job(source=position, partition=part, rows_per_partition=rows) for part in parts)
+    return jobs
+
+
+def _with_sizes(claim: Claim, jobs: Iterable[Job]) -> Claim:
+    sizes = {job.partition.source: job.rows_per_partition for job in jobs}
+    return claim.model_copy(update={"rows_per_partition": dict(sorted(sizes.items()))})
 
 
 Outcome = TypeVar("Outcome")
 
 
 def run_jobs(
-    build: Callable[[], Callable[[Job], Outcome]], jobs: Sequence[Job], recipe: Recipe, *, stage: str
+    build: Callable[[], "WorkerFunction[Outcome]"], jobs: Sequence[Job], recipe: Recipe, *, stage: str
 ) -> Iterator[tuple[int, Outcome]]:
-    """Yield the outcome of every job as it finishes, on the recipe's executor."""
-    if recipe.run.executor == "serial":
-        return serial.map_partitions(build, jobs)
+    """Yield (position, outcome) of every job as it finishes, on the recipe's executor."""
+    # One partition is one task wherever it runs; starting Ray for it would only take its seconds.
+    if recipe.run.executor == "serial" or (len(jobs) == 1 and recipe.run.address is None and not num_gpus(recipe)):
+        function = build()
+        try:
+            yield from serial.map_partitions(lambda: function, jobs)
+        finally:
+            function.close()
+        return
     from omniprep.run import ray
 
-    options = ray.RayOptions(num_workers=recipe.run.workers, address=recipe.run.address, max_retries=recipe.run.max_retries)
-    return ray.map_partitions(build, jobs, options, cache_key=f"{stage} {recipe.sha256} {recipe.folder} {recipe.output}")
-
-
-def build_worker(function: Callable[[Worker, Job], Outcome], recipe: Recipe) -> Callable[[Job], Outcome]:
-    """Build what a worker process keeps; a module-level function, so that it pickles."""
-    return partial(function, Worker(recipe))
-
-
-def _finished(worker: Worker, job: Job) -> Receipt | None:
-    return read_receipt(worker.folder, job.number, partition_sha256=job.partition.digest, recipe_sha256=worker.recipe.sha256)
-
-
-def seal(recipe: Recipe, jobs: Sequence[Job], receipts: Sequence[Receipt]) -> Manifest:
-    """Add up the receipts, check that no record was lost, and write the manifest.
-
-    Raises `DatasetError` if the counts disagree or more was rejected than the recipe allows.
-    """
-    _check_counts(recipe, jobs, receipts)
-    folder = Path(recipe.output)
-    shards = [shard for receipt in receipts for shard in receipt.shards]
-    quarantine = [receipt.quarantine for receipt in receipts if receipt.quarantine is not None]
-    remove_unused_blobs(folder, {blob for info in quarantine for blob in info.blobs})
-    versions: dict[str, set[str]] = {}
-    for receipt in receipts:
-        for name, version in receipt.libraries.items():
-            versions.setdefault(name, set()).add(version)
-    form = recipe.member_format
-    manifest = Manifest(
-        omniprep=__version__,
-        libraries={name: " and ".join(sorted(found)) for name, found in sorted(versions.items())},
-        profile=QWEN2_5_OMNI.name,
-        kind=form.kind,
-        rope_mode=recipe.encode.rope_mode,
-        frame_format=form.frame_format,
-        mel_dtype=form.mel_dtype,
-        members=form.names,
-        tokenizer_sha256=" and ".join(sorted({receipt.tokenizer_sha256 for receipt in receipts})),
-        recipe=recipe.identity(),
-        recipe_sha256=recipe.sha256,
-        shards=tuple(shards),
-        quarantine=tuple(quarantine),
-        totals=add_up(("", shard.totals) for shard in shards).get("", Totals()),
-        by_split=add_up((shard.split, shard.totals) for shard in shards),
-        by_source=add_up((shard.source, shard.totals) for shard in shards),
-        by_modality=add_up(pair for shard in shards for pair in shard.modalities.items()),
-        num_rows=sum(receipt.num_rows for receipt in receipts),
-        rejects=_sum_counts(receipt.rejects for receipt in receipts),
-        rejects_by_source=_sum_counts({receipt.source: receipt.num_rejected} for receipt in receipts if receipt.num_rejected),
+    run = recipe.run
+    options = ray.RayOptions(
+        num_workers=run.workers,
+        address=run.address,
+        max_retries=run.max_retries,
+        num_gpus=num_gpus(recipe),
+        memory_bytes_per_worker=run.memory_bytes_per_worker,
+        metrics_port=run.metrics_port,
     )
-    if (folder / MANIFEST_NAME).exists():
-        before = read_manifest(folder)
-        if before.model_copy(update={"parity": ""}) == manifest:
-            return before  # nothing changed: a parity stamp stays true
-    write_manifest(folder, manifest)
-    return manifest
+    yield from ray.map_partitions(build, jobs, options, cache_key=f"{stage} {recipe.sha256} {recipe.folder} {recipe.output}")
 
 
-def _check_counts(recipe: Recipe, jobs: Sequence[Job], receipts: Sequence[Receipt]) -> None:
-    for job, receipt in zip(jobs, receipts, strict=True):
-        if not job.partition.num_rows == receipt.num_rows == receipt.num_stored + receipt.num_rejected:
-            raise DatasetError(
-                f"partition {job.number} ({receipt.source}): {job.partition.num_rows} rows planned, {receipt.num_rows} read, "
-                f"{receipt.num_stored} stored, {receipt.num_rejected} rejected; not sealed, for records would be missing"
-            )
-    num_rows, num_rejected = sum(r.num_rows for r in receipts), sum(r.num_rejected for r in receipts)
-    limit = recipe.run.max_reject_rate
-    if limit is not None and num_rejected > limit * num_rows:
-        reasons = Counter(_sum_counts(receipt.rejects for receipt in receipts)).most_common(3)
-        raise DatasetError(
-            f"{num_rejected} of {num_rows} records were rejected ({', '.join(f'{name}: {count}' for name, count in reasons)}), "
-            f"more than run.max_reject_rate={limit:g}; not sealed. Look into {recipe.output}/quarantine, or raise the limit: "
-            "the finished partitions are kept"
-        )
+def num_gpus(recipe: Recipe) -> float:
+    """Return the share of a GPU that each worker takes."""
+    return recipe.run.num_gpus or (_GPU_SHARE if recipe.encode.audio.device.startswith("cuda") else 0.0)
 
 
-def _sum_counts(counts: Iterator[dict[str, int]] | Sequence[dict[str, int]]) -> dict[str, int]:
-    total: Counter[str] = Counter()
-    for count in counts:
-        total.update(count)
-    return dict(sorted(total.items()))
+_GPU_SHARE = 0.25
+"""A mel spectrogram takes a few hundred megabytes of a GPU and little of its time."""
 
 
-def library_versions() -> dict[str, str]:
-    """Return the versions of the libraries that may show in the bytes."""
-    found: dict[str, str] = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+class WorkerFunction(Generic[Outcome]):
+    """What a worker process keeps: a function of a job, with what it builds once."""
+
+    def __init__(self, function: Callable[[Worker, Job], Outcome], recipe: Recipe) -> None:
+        self._function, self._worker = function, Worker(recipe)
+
+    def __call__(self, job: Job) -> Outcome:
+        """Do one partition."""
+        return self._function(self._worker, job)
+
+    def close(self) -> None:
+        """End what was started for it."""
+        self._worker.close()
+
+
+def build_worker(function: Callable[[Worker, Job], Outcome], recipe: Recipe) -> WorkerFunction[Outcome]:
+    """Build what a worker process keeps; a module-level function, so that it pickles."""
+    return WorkerFunction(function, recipe)
+
+
+def valid_receipt(worker: Worker, job: Job, *, with_media: bool = True) -> Receipt | None:
+    """Return the receipt of a partition if all that it was written for is still the same, else None."""
+    receipt = read_receipt(worker.folder, job.stem)
+    if receipt is None:
+        return None
+    wanted = (job.partition.digest, worker.digests[job.source], __version__)
+    if (receipt.partition_sha256, receipt.recipe_sha256, receipt.omniprep) != wanted:
+        return None
+    if not files_are_there(worker.folder, receipt):
+        return None
+    return receipt if not with_media or not worker.recipe.run.check_media or _inputs_are_same(worker, job, receipt) else None
+
+
+def _inputs_are_same(worker: Worker, job: Job, receipt: Receipt) -> bool:
+    """Look whether the files that a partition read are those that it read: size and time first, content where these differ."""
+    facts = read_inputs(worker.folder, job.stem)
+    if facts is None:
+        return False
+    source = worker.source(job)
+    files = [fact for fact in facts if not fact.sha256 and fact.num_bytes >= 0]
+    # JSON lines were read whole when they were planned; of other containers only headers were.
+    touched = any(file_stamp(fact.location) != (fact.num_bytes, fact.stamp) for fact in files)
+    if touched and not isinstance(source, JsonlSource) and rows_sha256(source.read(job.partition)) != receipt.rows_sha256:
+        return False
+    return not any(changed(fact) for fact in facts if fact.sha256 or fact.num_bytes < 0)

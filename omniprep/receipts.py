@@ -1,39 +1,56 @@
-"""Receipts: what a finished partition made. They make a build resumable; the manifest is their sum.
+"""Receipts: what a finished partition made, and of what. They make a build resumable; the manifest is their sum.
 
-A receipt counts while the recipe, the partition's inputs and the version of OmniPrep are those that it was written for
-and its files are there. A build that was killed leaves `.partial` files and files without a receipt; both are removed.
+```
+OUT/receipts/recipe.json                 the recipe that the folder was claimed for, and how its sources are cut
+OUT/receipts/place.json                  where its inputs lay, on the machine that built it
+OUT/receipts/chat-00003.json             the receipt of a partition: written last, so what it names is there
+OUT/receipts/chat-00003.inputs.parquet   the files that it read, with size, time and sha256
+```
+
+A receipt counts while all that it was written for is the same: the rows, the media that they name, the recipe as far as it
+concerns their source, the version of OmniPrep; and while its files are there. Whatever in the folder no receipt names is
+left over from a build that was killed, and is swept away.
 """
 
-import fcntl
 import json
 import re
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
 from omniprep import __version__
 from omniprep.errors import ConfigError
-from omniprep.shards.files import remove_partials, write_file
+from omniprep.shards.index import parquet_bytes
 from omniprep.shards.manifest import MANIFEST_NAME, QuarantineInfo, ShardInfo, Stored
-from omniprep.shards.quarantine import BLOBS_FOLDER, QUARANTINE_FOLDER
+from omniprep.shards.quarantine import BLOBS_FOLDER, QUARANTINE_FOLDER, blob_name
+from omniprep.shards.writer import partition_stem
+from omniprep.sources.media_facts import MediaFact
+from omniprep.storage.folder import Conflict, Folder, StorageError
 
 RECEIPTS_FOLDER = "receipts"
-_RECIPE_NAME = "recipe.json"
-_PLACE_NAME = "place.json"
-_LOCK_NAME = "lock"
+RECIPE_NAME = f"{RECEIPTS_FOLDER}/recipe.json"
+_PLACE_NAME = f"{RECEIPTS_FOLDER}/place.json"
+_LOCK_NAME = f"{RECEIPTS_FOLDER}/lock"
+
+ClaimMode = Literal["continue", "update", "overwrite"]
+"""What to do with a folder that was built from another recipe: refuse it; keep what the change does not touch; delete all."""
 
 
 class Receipt(Stored):
     """What one partition made and for which inputs."""
 
-    partition: int
-    """Number in the recipe, over all sources."""
     source: str
+    partition: int
+    """Position in its source."""
     partition_sha256: str
+    """Digest of the partition as it was planned: names, row ranges, checksums."""
+    rows_sha256: str
+    """Digest of the rows as they were read, media inside them included."""
+    media_sha256: str
+    """Digest of the media files that the rows name, by content."""
     recipe_sha256: str
     omniprep: str
     libraries: dict[str, str]
@@ -42,6 +59,13 @@ class Receipt(Stored):
     rejects: dict[str, int]
     shards: tuple[ShardInfo, ...]
     quarantine: QuarantineInfo | None = None
+    num_retries: int = 0
+    """How often its rejected records were tried again with some success."""
+
+    @property
+    def stem(self) -> str:
+        """Return what its files are named by."""
+        return partition_stem(self.source, self.partition)
 
     @property
     def num_stored(self) -> int:
@@ -53,163 +77,180 @@ class Receipt(Stored):
         """Return how many records are in its quarantine file."""
         return self.quarantine.num_records if self.quarantine is not None else 0
 
+    @property
+    def files(self) -> dict[str, int | None]:
+        """Return the files that it names, with their sizes where it knows them."""
+        named: dict[str, int | None] = {}
+        for shard in self.shards:
+            named |= {shard.name: shard.num_bytes, shard.index_name: None}
+        if self.quarantine is not None:
+            named[f"{QUARANTINE_FOLDER}/{self.quarantine.name}"] = None
+            named |= {blob_name(blob): None for blob in self.quarantine.blobs}
+        return named
 
-def receipt_path(folder: Path, partition: int) -> Path:
-    """Return where a partition's receipt lies."""
-    return folder / RECEIPTS_FOLDER / f"{partition:05d}.json"
+
+def receipt_name(stem: str) -> str:
+    """Return the name of a partition's receipt."""
+    return f"{RECEIPTS_FOLDER}/{stem}.json"
 
 
-def write_receipt(folder: Path, receipt: Receipt) -> None:
+def inputs_name(stem: str) -> str:
+    """Return the name of the list of what a partition read."""
+    return f"{RECEIPTS_FOLDER}/{stem}.inputs.parquet"
+
+
+def write_receipt(folder: Folder, receipt: Receipt) -> None:
     """Write a receipt: from here on the partition is finished."""
     text = json.dumps(receipt.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
-    write_file(receipt_path(folder, receipt.partition), text.encode("ascii"))
+    folder.write(receipt_name(receipt.stem), text.encode("ascii"))
 
 
-def read_receipt(folder: Path, partition: int, *, partition_sha256: str, recipe_sha256: str) -> Receipt | None:
-    """Return the receipt of a partition if it still counts, else None."""
+def read_receipt(folder: Folder, stem: str) -> Receipt | None:
+    """Return the receipt of a partition, or None if there is none that can be read."""
     try:
-        receipt = Receipt.model_validate_json(receipt_path(folder, partition).read_bytes())
+        return Receipt.model_validate_json(folder.read(receipt_name(stem)))
     except (OSError, ValidationError):
         return None
-    wanted = (partition, partition_sha256, recipe_sha256, __version__)
-    found = (receipt.partition, receipt.partition_sha256, receipt.recipe_sha256, receipt.omniprep)
-    return receipt if found == wanted and _files_are_there(folder, receipt) else None
 
 
-def _files_are_there(folder: Path, receipt: Receipt) -> bool:
-    tars = all(_size(folder / shard.name) == shard.num_bytes for shard in receipt.shards)
-    indices = all(_size(folder / shard.index_name) > 0 for shard in receipt.shards)
-    rejected = receipt.quarantine
-    if rejected is None:
-        return tars and indices
-    quarantine = folder / QUARANTINE_FOLDER
-    blobs = all((quarantine / BLOBS_FOLDER / blob).is_file() for blob in rejected.blobs)
-    return tars and indices and blobs and (quarantine / rejected.name).is_file()
+def files_are_there(folder: Folder, receipt: Receipt) -> bool:
+    """Return whether every file that a receipt names is there, with the size that it states."""
+    sizes = ((folder.size(name), expected) for name, expected in receipt.files.items())
+    return all(size is not None and expected in (None, size) for size, expected in sizes)
 
 
-def _size(path: Path) -> int:
+_INPUT_COLUMNS = {"location": "string", "name": "string", "num_bytes": "int64", "stamp": "string", "sha256": "string"}
+
+
+def write_inputs(folder: Folder, stem: str, facts: Iterable[MediaFact]) -> None:
+    """Write what a partition read, each file once. It differs between machines, so no digest covers it."""
+    import pyarrow as pa
+
+    known = sorted({(fact.location, fact.name): fact for fact in facts}.items())
+    rows = [{column: getattr(fact, column) for column in _INPUT_COLUMNS} for _, fact in known]
+    schema = pa.schema([pa.field(name, pa.type_for_alias(kind), nullable=False) for name, kind in _INPUT_COLUMNS.items()])
+    folder.write(inputs_name(stem), parquet_bytes(pa.Table.from_pylist(rows, schema=schema)))
+
+
+def read_inputs(folder: Folder, stem: str) -> list[MediaFact] | None:
+    """Return what a partition read, or None if that is not known any more."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
-        return path.stat().st_size
-    except OSError:
-        return -1
+        rows = pq.ParquetFile(pa.BufferReader(folder.read(inputs_name(stem)))).read(use_threads=False).to_pylist()
+        return [MediaFact(**row) for row in rows]
+    except (OSError, pa.ArrowException, TypeError):
+        return None
 
 
-def remove_outputs(folder: Path, partition: int) -> None:
-    """Remove all that an earlier try of a partition left: its receipt first, then its shards and quarantine file."""
-    receipt_path(folder, partition).unlink(missing_ok=True)
-    for suffix in ("tar", "parquet"):
-        for pattern in (f"*-{partition:05d}.{suffix}", f"*-{partition:05d}-[0-9][0-9]*.{suffix}"):
-            for path in folder.glob(pattern):
-                if _belongs_to(path.stem, partition):
-                    path.unlink()
-    (folder / QUARANTINE_FOLDER / f"{partition:05d}.parquet").unlink(missing_ok=True)
+# A partition's stem ends with its number; a shard's begins with the split, and `-01` counts further shards.
+_SHARD = re.compile(r"[A-Za-z0-9_]+-[A-Za-z0-9_-]+-[0-9]{5,7}(-[0-9]{2,4})?\.(tar|parquet)")
+_OF_A_PARTITION = re.compile(
+    rf"({RECEIPTS_FOLDER}/[A-Za-z0-9_-]+-[0-9]{{5,7}}\.(json|inputs\.parquet)"
+    rf"|{QUARANTINE_FOLDER}/[A-Za-z0-9_-]+-[0-9]{{5,7}}(-r[0-9]+)?\.parquet"
+    rf"|{QUARANTINE_FOLDER}/{BLOBS_FOLDER}/[0-9a-f]{{64}})"
+)
 
 
-def _belongs_to(stem: str, partition: int) -> bool:
-    """Return whether a shard's name is `SPLIT-PARTITION` or `SPLIT-PARTITION-NUMBER`; split names hold no `-`.
+def is_output(name: str) -> bool:
+    """Return whether a file's name is one that a partition's files have; a user's `backup-20260101.tar` is none.
 
-    >>> _belongs_to("train-00003-02", 3), _belongs_to("train-00003-02", 2), _belongs_to("train-00002", 2)
-    (True, False, True)
+    >>> is_output("train-chat-00003-01.tar"), is_output("receipts/chat-00003.json"), is_output("receipts/recipe.json")
+    (True, True, False)
     """
-    return stem.split("-")[1:2] == [f"{partition:05d}"]
+    return _SHARD.fullmatch(name) is not None or _OF_A_PARTITION.fullmatch(name) is not None
 
 
-_SHARD_STEM = re.compile(r"[A-Za-z0-9_]+-([0-9]{5,7})(-[0-9]{2,})?")
+def sweep(folder: Folder, receipts: Iterable[Receipt]) -> None:
+    """Remove every output that none of the receipts names: the receipts first, so that nothing half removed counts."""
+    kept = set[str]()
+    for receipt in receipts:
+        kept |= {*receipt.files, receipt_name(receipt.stem), inputs_name(receipt.stem)}
+    strays = [name for name in folder.files() if is_output(name) and name not in kept]
+    for name in sorted(strays, key=lambda name: not name.startswith(f"{RECEIPTS_FOLDER}/")):
+        folder.remove(name)
 
 
-def _shards(folder: Path) -> dict[Path, int]:
-    """Return the tars and indices in a dataset's folder with their partition; a user's `backup-20260101.tar` is not one."""
-    files = sorted([*folder.glob("*.tar"), *folder.glob("*.parquet")])
-    return {path: int(match[1]) for path in files if (match := _SHARD_STEM.fullmatch(path.stem)) is not None}
+class Claim(Stored):
+    """What `receipts/recipe.json` holds."""
+
+    recipe: dict[str, Any]
+    """The recipe's identity."""
+    rows_per_partition: dict[str, int] = {}
+    """By source, where the recipe says `auto`: chosen once, for another size would make other shards."""
 
 
-def remove_later_partitions(folder: Path, num_partitions: int) -> None:
-    """Remove what belongs to partitions that the recipe's inputs no longer have."""
-    for path in sorted((folder / RECEIPTS_FOLDER).glob("[0-9]*.json")):
-        if path.stem.isdecimal() and int(path.stem) >= num_partitions:
-            remove_outputs(folder, int(path.stem))
-    for number in sorted(set(_shards(folder).values())):
-        if number >= num_partitions:
-            remove_outputs(folder, number)
+def read_claim(folder: Folder) -> Claim | None:
+    """Return what a folder was claimed for, or None if it was not."""
+    try:
+        return Claim.model_validate_json(folder.read(RECIPE_NAME))
+    except (OSError, ValidationError):
+        return None
 
 
-def remove_unused_blobs(folder: Path, used: set[str]) -> None:
-    """Remove quarantined media that no receipt names any more."""
-    for path in (folder / QUARANTINE_FOLDER / BLOBS_FOLDER).glob("*"):
-        if path.name not in used:
-            path.unlink()
+def write_claim(folder: Folder, claim: Claim) -> None:
+    """Write what a folder is claimed for."""
+    folder.write(RECIPE_NAME, (json.dumps(claim.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode("ascii"))
 
 
 @contextmanager
-def open_build(folder: Path, identity: Mapping[str, Any], *, overwrite: bool, inputs_folder: Path = Path()) -> Iterator[None]:
+def open_build(folder: Folder, identity: Mapping[str, Any], *, mode: ClaimMode, inputs_folder: Path = Path()) -> Iterator[Claim]:
     """Hold a build's folder: made, locked against a second build, of this very recipe, without half-written files.
 
     Raises `ConfigError` if another build runs there, if it holds something else, or was built from another recipe and
-    `overwrite` is not set.
+    `mode` is `continue`.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"output {folder}: expected a folder, found a file; choose another output")
-    # The lock is the first file of a build: a folder that merely has a `receipts` of its own is somebody else's.
-    mine = any((folder / RECEIPTS_FOLDER / name).is_file() for name in (_LOCK_NAME, _RECIPE_NAME))
-    try:
-        if folder.is_dir() and not mine and any(path.name != RECEIPTS_FOLDER or any(path.iterdir()) for path in folder.iterdir()):
-            raise ConfigError(f"output {folder}: holds files that OmniPrep did not write; choose another output or empty it")
-        (folder / RECEIPTS_FOLDER).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"output {folder}: cannot be made or written: {error.strerror}; choose another output") from None
-    with (folder / RECEIPTS_FOLDER / _LOCK_NAME).open("w") as lock:
+    before = read_claim(folder)
+    if before is None and folder.size(_LOCK_NAME) is None and not folder.is_empty():
+        raise ConfigError(f"output {folder.place}: holds files that OmniPrep did not write; choose another output or empty it")
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"output {folder}: another `omniprep prepare` is writing there; wait for it") from None
-        _claim(folder, identity, overwrite=overwrite)
+            stack.enter_context(folder.locked(_LOCK_NAME))
+        except Conflict:
+            raise ConfigError(f"output {folder.place}: another `omniprep` is writing there; wait for it") from None
+        except (StorageError, OSError) as error:
+            reason = (error.strerror if isinstance(error, OSError) else None) or error
+            raise ConfigError(f"output {folder.place}: cannot be made or written: {reason}; choose another output") from None
+        claim = _claim(folder, before, json.loads(json.dumps(identity)), mode=mode)
         place = json.dumps({"inputs_folder": str(inputs_folder.absolute())}) + "\n"
-        write_file(folder / RECEIPTS_FOLDER / _PLACE_NAME, place.encode("ascii"))
-        remove_partials(folder)
+        folder.write(_PLACE_NAME, place.encode("ascii"))
+        folder.remove_partials()
         try:
-            yield
+            yield claim
         finally:
-            remove_partials(folder)
+            folder.remove_partials()
 
 
-def read_inputs_folder(folder: Path) -> Path:
+def _claim(folder: Folder, before: Claim | None, identity: dict[str, Any], *, mode: ClaimMode) -> Claim:
+    if before is not None and before.recipe != identity and mode == "continue":
+        listed = differences(before.recipe, identity)
+        shown = "; ".join(listed[:6]) + (f"; and {len(listed) - 6} more" if len(listed) > 6 else "")
+        raise ConfigError(
+            f"output {folder.place}: was built from another recipe ({shown}); choose another output, use --update to do again "
+            "only what the change touches, or --overwrite to delete it and build anew"
+        )
+    if mode == "overwrite":
+        folder.remove(MANIFEST_NAME)  # first, so that what is left is never taken for complete
+        sweep(folder, ())
+    sizes = before.rows_per_partition if before is not None and mode != "overwrite" else {}
+    claim = Claim(recipe=identity, rows_per_partition=sizes)
+    if before != claim:
+        write_claim(folder, claim)
+    return claim
+
+
+def read_inputs_folder(folder: Folder) -> Path:
     """Return the folder that the recipe's relative paths started from when the dataset was last built, on that machine.
 
     It is not part of the dataset, which is the same wherever its inputs lay. Raises `ConfigError` if it is not known.
     """
     try:
-        return Path(json.loads((folder / RECEIPTS_FOLDER / _PLACE_NAME).read_bytes())["inputs_folder"])
+        return Path(json.loads(folder.read(_PLACE_NAME))["inputs_folder"])
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(
-            f"{folder}: it is not known where its inputs were; name the folder of its recipe with --inputs"
+            f"{folder.place}: it is not known where its inputs were; name the folder of its recipe with --inputs"
         ) from None
-
-
-def _claim(folder: Path, identity: Mapping[str, Any], *, overwrite: bool) -> None:
-    path = folder / RECEIPTS_FOLDER / _RECIPE_NAME
-    text = json.dumps(identity, indent=1, sort_keys=True) + "\n"
-    try:
-        before = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        before = None
-    if before is not None and before != json.loads(text) and not overwrite:
-        listed = differences(before, json.loads(text))
-        shown = "; ".join(listed[:6]) + (f"; and {len(listed) - 6} more" if len(listed) > 6 else "")
-        raise ConfigError(
-            f"output {folder}: was built from another recipe ({shown}); "
-            "choose another output, or use --overwrite to delete it and build anew"
-        )
-    if overwrite:
-        _clear(folder)
-    write_file(path, text.encode("ascii"))
-
-
-def _clear(folder: Path) -> None:
-    """Remove a whole dataset: the manifest first, so that it is never taken for complete."""
-    (folder / MANIFEST_NAME).unlink(missing_ok=True)
-    for path in [*_shards(folder), *(folder / RECEIPTS_FOLDER).glob("*.json")]:
-        path.unlink()
-    shutil.rmtree(folder / QUARANTINE_FOLDER, ignore_errors=True)
 
 
 def differences(before: object, now: object, place: str = "") -> list[str]:

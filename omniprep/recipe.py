@@ -10,7 +10,7 @@ encode: {rope_mode: aligned, max_tokens: 32768}
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -36,11 +36,23 @@ class ShardConfig(Config):
     """float16 halves the size; its rounding is under 1e-3 of a log-mel unit."""
 
 
+class GuardConfig(Config):
+    """Records are decoded and encoded in a process of its own, which is killed when one record hangs or eats memory."""
+
+    enabled: bool = True
+    """`false` encodes in the worker itself, for a debugger: a crash of a decoder then takes the worker with it."""
+    timeout_s: float = Field(default=300.0, gt=0)
+    """Longest time for one record."""
+    memory_bytes: int = Field(default=4 << 30, ge=64 << 20)
+    """Most memory that one record may take, above what an idle process holds."""
+
+
 class RunConfig(Config):
     """How the work is cut and run. Only `rows_per_partition` shows in the dataset."""
 
-    rows_per_partition: int = Field(default=1000, ge=1)
-    """Rows in one unit of work; each yields its own shards. Decides the shards' bytes, unlike the rest here."""
+    rows_per_partition: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Rows in one unit of work; each yields its own shards. Decides the shards' bytes, unlike the rest here. `auto`
+    looks at the headers of a few rows of each source: about a minute of work, and shards of at most about 256 MB."""
     executor: Executor = "ray"
     workers: int | None = Field(default=None, ge=1)
     """Partitions at a time; default: one a CPU."""
@@ -49,7 +61,19 @@ class RunConfig(Config):
     max_retries: int = Field(default=3, ge=0)
     """How often a partition is tried again after its worker died."""
     max_reject_rate: float | None = Field(default=None, ge=0, le=1)
-    """Refuse to seal the dataset if a larger share of the rows was rejected."""
+    """Stop, as soon as it is certain that a larger share of all rows is rejected. Default: a half, once 100 were."""
+    guard: GuardConfig = GuardConfig()
+    media_cache: str | None = None
+    """Folder or URL that keeps encoded media by their content and settings: a later build, whose text, template or
+    tokenizer differ, then decodes nothing again. It takes as much room as the dataset; safe to delete at any time."""
+    check_media: bool = True
+    """Look (at size and time) whether the media files of finished partitions have changed; changed ones are done again."""
+    memory_bytes_per_worker: int | None = Field(default=None, ge=128 << 20)
+    """What Ray reserves for each partition: no machine runs more at a time than its memory holds."""
+    num_gpus: float = Field(default=0.0, ge=0)
+    """GPUs, or a part of one, for each worker; default: a quarter of one where `audio.device` is a GPU."""
+    metrics_port: int | None = Field(default=None, ge=1, le=65535)
+    """Port at which a local run's metrics can be scraped by Prometheus; a cluster has its own."""
 
 
 class Recipe(Config):
@@ -100,14 +124,26 @@ class Recipe(Config):
         values = self.model_dump(mode="json", exclude={"output", "folder", "run"})
         return {**values, "run": {"rows_per_partition": self.run.rows_per_partition}}
 
+    def sha256_of(self, source: Source) -> str:
+        """Return the digest of what decides the records of one source, but for which rows it has.
+
+        Other sources, and the paths and limit that choose its rows, are left out: receipts state the rows themselves.
+        """
+        values = self.model_dump(mode="json", exclude={"output", "folder", "run", "sources"})
+        own = source.model_dump(mode="json", exclude={"path", "limit", "data_files", "data_dir"})
+        return canonical_sha256({**values, "source": own})
+
     @property
     def sha256(self) -> str:
         """Return the digest of `identity`."""
         return canonical_sha256(self.identity())
 
     def anchored(self) -> "Recipe":
-        """Return the recipe with `output` and `folder` absolute, for worker processes that run elsewhere."""
-        return self.model_copy(update={"output": str(Path(self.output).absolute()), "folder": str(Path(self.folder).absolute())})
+        """Return the recipe with `output`, `folder` and the cache absolute, for worker processes that run elsewhere."""
+        here, cache = Path.cwd(), self.run.media_cache
+        run = self.run if cache is None else self.run.model_copy(update={"media_cache": below(here, cache)})
+        folder = str(Path(self.folder).absolute())
+        return self.model_copy(update={"output": below(here, self.output), "folder": folder, "run": run})
 
     def located(self) -> "Recipe":
         """Return the recipe with the relative paths of its inputs placed below `folder`; its digest is another one."""

@@ -217,5 +217,7 @@ class Rejection:
     reason: str
     detail: str
     retryable: bool
+    probe: str = "[]"
+    """JSON list of the media files that were found before it failed: `name`, `num_bytes`, `sha256`."""
     record: bytes
     """The row as it came: its JSON text, or the raw line if it is not JSON."""

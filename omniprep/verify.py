@@ -5,21 +5,25 @@ checked against the rules that its layout must obey (`verify_sample.py`). At las
 `webdataset` reads it.
 """
 
+import contextlib
+import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+
+import numpy as np
 
 from omniprep.errors import DatasetError
 from omniprep.profile import QWEN2_5_OMNI, ModelProfile
 from omniprep.receipts import RECEIPTS_FOLDER
-from omniprep.shards.files import PARTIAL_SUFFIX, sha256_of
-from omniprep.shards.index import content_sha256, describe_sample
+from omniprep.shards.index import content_sha256, describe_sample, read_index_table
 from omniprep.shards.manifest import MANIFEST_NAME, Manifest, ShardInfo, Totals, add_up, read_manifest, totals_of
 from omniprep.shards.members import from_members
-from omniprep.shards.quarantine import BLOBS_FOLDER, QUARANTINE_FOLDER, read_quarantine
+from omniprep.shards.quarantine import QUARANTINE_FOLDER, blob_name, read_quarantine
 from omniprep.shards.reader import ShardReader
 from omniprep.shards.writer import BLOCK_BYTES, tar_header
+from omniprep.storage.folder import Folder, Place, as_folder, sha256_of
+from omniprep.types import Int64Array
 from omniprep.verify_sample import check_sample
 
 
@@ -37,47 +41,45 @@ class Finding:
         return f"{place}: {self.message}" if place else self.message
 
 
-def verify(folder: Path, *, profile: ModelProfile = QWEN2_5_OMNI) -> Iterator[Finding]:
+def verify(place: Place, *, profile: ModelProfile = QWEN2_5_OMNI) -> Iterator[Finding]:
     """Yield everything that is wrong with a dataset. Raises `DatasetError` if it has no readable manifest."""
+    folder = as_folder(place)
     manifest = read_manifest(folder)
-    yield from _check_files(folder, manifest)
-    seen: dict[str, str] = {}
-    for shard in manifest.shards:
-        if (folder / shard.name).is_file() and (folder / shard.index_name).is_file():
-            yield from _check_shard(folder, manifest, shard, seen, profile)
+    present = folder.files()
+    yield from _check_files(folder, manifest, present)
+    there = [shard for shard in manifest.shards if shard.name in present and shard.index_name in present]
+    for shard in there:
+        yield from _check_shard(folder, manifest, shard, profile)
+    yield from _check_keys(folder, there)
     yield from _check_totals(manifest)
     yield from _check_quarantine(folder, manifest)
 
 
-def _check_files(folder: Path, manifest: Manifest) -> Iterator[Finding]:
+def _check_files(folder: Folder, manifest: Manifest, present: Mapping[str, int]) -> Iterator[Finding]:
     """Compare the files in the folder with those that the manifest names: presence, size, digest."""
     expected = {shard.name: shard.sha256 for shard in manifest.shards}
     expected |= {shard.index_name: shard.index_sha256 for shard in manifest.shards}
     expected |= {f"{QUARANTINE_FOLDER}/{info.name}": info.sha256 for info in manifest.quarantine}
-    expected |= {f"{QUARANTINE_FOLDER}/{BLOBS_FOLDER}/{blob}": blob for info in manifest.quarantine for blob in info.blobs}
+    expected |= {blob_name(blob): blob for info in manifest.quarantine for blob in info.blobs}
     sizes = {shard.name: shard.num_bytes for shard in manifest.shards}
-    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     for name in sorted(expected):
         if name not in present:
             yield Finding(shard=name, message="missing, though the manifest names it")
             continue
-        num_bytes = (folder / name).stat().st_size
-        if name in sizes and num_bytes != sizes[name]:
-            yield Finding(shard=name, message=f"expected {sizes[name]} bytes, got {num_bytes}")
-        elif (found := sha256_of(folder / name)) != expected[name]:
+        if name in sizes and present[name] != sizes[name]:
+            yield Finding(shard=name, message=f"expected {sizes[name]} bytes, got {present[name]}")
+        elif (found := sha256_of(folder, name)) != expected[name]:
             yield Finding(shard=name, message=f"expected sha256 {expected[name][:16]}…, got {found[:16]}…: its bytes changed")
-    for name in sorted(present - set(expected) - {MANIFEST_NAME}):
-        if name.endswith(PARTIAL_SUFFIX):
-            yield Finding(shard=name, message="half-written file of a build that was killed; run the same `omniprep prepare`")
-        elif not name.startswith(f"{RECEIPTS_FOLDER}/"):
+    for name in folder.partials():
+        yield Finding(shard=name, message="half-written file of a build that was killed; run the same `omniprep prepare`")
+    for name in sorted(set(present) - set(expected) - {MANIFEST_NAME}):
+        if not name.startswith(f"{RECEIPTS_FOLDER}/"):
             yield Finding(shard=name, message="not in the manifest; remove it, for readers that glob would read it")
 
 
-def _check_shard(
-    folder: Path, manifest: Manifest, shard: ShardInfo, seen: dict[str, str], profile: ModelProfile
-) -> Iterator[Finding]:
+def _check_shard(folder: Folder, manifest: Manifest, shard: ShardInfo, profile: ModelProfile) -> Iterator[Finding]:
     try:
-        reader = ShardReader(folder / shard.name)
+        reader = ShardReader(folder, shard.name)
     except DatasetError as error:
         yield Finding(shard=shard.name, message=str(error))
         return
@@ -88,9 +90,6 @@ def _check_shard(
         end = 0
         for number, row in enumerate(reader.rows):
             key = row["key"]
-            if key in seen:
-                yield Finding(shard=shard.name, key=key, message=f"key is in {seen[key]} too; keys must be unique")
-            seen[key] = shard.name
             if row["offset"] != end:
                 yield Finding(shard=shard.name, key=key, message=f"index: expected the record at byte {end}, got {row['offset']}")
             end = row["offset"] + row["size"]
@@ -104,12 +103,41 @@ def _check_shard(
         yield from _check_plain_reader(reader)
 
 
+def _check_keys(folder: Folder, shards: Sequence[ShardInfo]) -> Iterator[Finding]:
+    """Check that no key occurs twice, by eight bytes a record: the text of a million keys would take ten times that."""
+    hashes: list[Int64Array] = []
+    for shard in shards:
+        with contextlib.suppress(DatasetError):  # told of already
+            hashes.append(_hashed_keys(folder, shard)[1])
+    if not hashes:
+        return
+    values, counts = np.unique(np.concatenate(hashes), return_counts=True)
+    twice = values[counts > 1]
+    if not len(twice):
+        return
+    seen: dict[str, str] = {}
+    for shard in shards:
+        with contextlib.suppress(DatasetError):
+            keys, hashed = _hashed_keys(folder, shard)
+            for number in np.flatnonzero(np.isin(hashed, twice)).tolist():
+                key = keys[number]
+                if key in seen:
+                    yield Finding(shard=shard.name, key=key, message=f"key is in {seen[key]} too; keys must be unique")
+                seen[key] = shard.name
+
+
+def _hashed_keys(folder: Folder, shard: ShardInfo) -> tuple[list[str], Int64Array]:
+    keys = read_index_table(folder, shard.index_name, ("key",))["key"].to_pylist()
+    digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
+    return keys, np.frombuffer(digests, np.int64)
+
+
 def _check_plain_reader(reader: ShardReader) -> Iterator[Finding]:
     """Read a shard as `webdataset` does, without our index, and compare what it finds with what the index says."""
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
-    shard = reader.path.name
-    with reader.path.open("rb") as stream:
+    shard = reader.name
+    with reader.folder.open(shard) as stream:
         try:
             found = group_by_keys(tar_file_expander([{"url": shard, "stream": stream}]))
             for row, sample in itertools.zip_longest(reader.rows, found):
@@ -185,12 +213,11 @@ def _check_totals(manifest: Manifest) -> Iterator[Finding]:
         yield Finding(shard=MANIFEST_NAME, message=message)
 
 
-def _check_quarantine(folder: Path, manifest: Manifest) -> Iterator[Finding]:
+def _check_quarantine(folder: Folder, manifest: Manifest) -> Iterator[Finding]:
     for info in manifest.quarantine:
-        path = folder / QUARANTINE_FOLDER / info.name
-        if path.is_file():
+        if folder.size(f"{QUARANTINE_FOLDER}/{info.name}") is not None:
             try:
-                count = sum(1 for _ in read_quarantine(path))
+                count = sum(1 for _ in read_quarantine(folder, info.name))
             except DatasetError as error:
                 yield Finding(shard=f"{QUARANTINE_FOLDER}/{info.name}", message=str(error))
                 continue

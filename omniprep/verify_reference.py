@@ -33,6 +33,7 @@ from omniprep.records import AudioPart, Conversation, Document, Message, Prefere
 from omniprep.reference import Reference, ReferenceInput, render_chatml, render_document
 from omniprep.shards.manifest import read_manifest, write_manifest
 from omniprep.shards.reader import ShardReader
+from omniprep.storage.folder import Place, as_folder
 from omniprep.sources.media_store import MediaStore
 from omniprep.sources.partitions import Partition, Row
 from omniprep.sources.source import Source
@@ -59,21 +60,24 @@ class Comparison:
     pixel_error: float = 0.0
 
 
-def compare_with_reference(folder: Path, recipe_folder: Path, *, limit: int | None = 16) -> Iterator[Comparison]:
+_ROWS_READ = 1000
+"""Rows are found by their number in the source, so any way to cut it serves."""
+
+
+def compare_with_reference(folder: Place, recipe_folder: Path, *, limit: int | None = 16) -> Iterator[Comparison]:
     """Yield a comparison for `limit` records spread evenly over the dataset, or for all.
 
     `recipe_folder` is where the recipe's relative paths start. Raises `DatasetError` if a source no longer holds a row.
     """
     manifest = read_manifest(folder)
-    recipe = Recipe.model_validate({**manifest.recipe, "output": str(folder), "folder": str(recipe_folder)}).located()
+    values = {**manifest.recipe, "output": as_folder(folder).place, "folder": str(recipe_folder)}
+    recipe = Recipe.model_validate(values).located()
     places = [(shard.name, number) for shard in manifest.shards for number in range(shard.totals.num_records)]
-    parts = {
-        source.name: (source, source.partitions(rows_per_partition=recipe.run.rows_per_partition)) for source in recipe.sources
-    }
+    parts = {source.name: (source, source.partitions(rows_per_partition=_ROWS_READ)) for source in recipe.sources}
     side = _Sides(recipe, stored_tolerance=STORED_MEL_TOLERANCE[manifest.mel_dtype])
     # Shard by shard: a shard holds rows of one partition, so one reading of the source serves all of them.
     for name, chosen in itertools.groupby(_spread(places, limit), key=lambda place: place[0]):
-        with ShardReader(folder / name) as reader:
+        with ShardReader(folder, name) as reader:
             numbers = [number for _, number in chosen]
             source, partitions = parts[reader.rows[numbers[0]]["source"]]
             rows = _read_rows(source, partitions, {reader.rows[number]["row"] for number in numbers})
@@ -114,11 +118,12 @@ class Parity:
         )
 
 
-def verify_against_transformers(folder: Path, *, limit: int | None = None, inputs: Path | None = None) -> Parity:
+def verify_against_transformers(place: Place, *, limit: int | None = None, inputs: Path | None = None) -> Parity:
     """Compare `limit` records spread evenly over a dataset, or all, and put the result into the manifest if all are equal.
 
     `inputs` is the folder that the recipe's relative paths start from, if it is no longer where `prepare` found it.
     """
+    folder = as_folder(place)
     comparisons = tuple(compare_with_reference(folder, inputs or read_inputs_folder(folder), limit=limit))
     parity = Parity(comparisons=comparisons, version=importlib.metadata.version("transformers"))
     if not parity.findings and any(not item.skipped for item in comparisons):

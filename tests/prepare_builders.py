@@ -43,7 +43,7 @@ def write_recipe(folder: Path, rows: list[object], **settings: object) -> Path:
     values = {
         "output": str(folder / "out"),
         "sources": [{"name": "chat", "kind": "jsonl", "path": "data/chat.jsonl"}],
-        "run": {"rows_per_partition": 4, "executor": "serial"},
+        "run": {"rows_per_partition": 4, "executor": "serial", "guard": {"enabled": False}},
         **settings,
     }
     path = folder / "recipe.yaml"
@@ -60,5 +60,6 @@ def tree(folder: Path) -> dict[str, str]:
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "place.json"  # where the recipe lay, which may differ
+        # Where the recipe lay and when its inputs were written may differ.
+        if path.is_file() and path.name != "place.json" and not path.name.endswith(".inputs.parquet")
     }

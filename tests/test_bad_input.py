@@ -209,7 +209,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, ffmpeg: str) -> Path:
         "output": str(folder / "out"),
         "sources": [{"name": "rows", "kind": "jsonl", "path": "data/rows.jsonl"}],
         "encode": {"max_tokens": MAX_TOKENS},
-        "run": {"rows_per_partition": 30, "executor": "serial"},
+        "run": {"rows_per_partition": 30, "executor": "serial", "max_reject_rate": 1.0},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
     return folder

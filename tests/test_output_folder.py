@@ -12,14 +12,14 @@ from tests.prepare_builders import chat, recipe
 ROWS = [chat(number) for number in range(6)]
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_folder_with_receipts_of_its_own_is_somebody_elses(tmp_path: Path, overwrite: bool) -> None:
+@pytest.mark.parametrize("mode", ["continue", "overwrite"])
+def test_a_folder_with_receipts_of_its_own_is_somebody_elses(tmp_path: Path, mode: str) -> None:
     (tmp_path / "out" / "receipts").mkdir(parents=True)
     files = [tmp_path / "out" / "holiday.tar", tmp_path / "out" / "receipts" / "hotel.json"]
     for file in files:
         file.write_text("mine")
     with pytest.raises(ConfigError, match="holds files that OmniPrep did not write"):
-        prepare(recipe(tmp_path, ROWS), overwrite=overwrite)
+        prepare(recipe(tmp_path, ROWS), mode=mode)
     assert [file.read_text() for file in files] == ["mine", "mine"]
 
 
@@ -34,8 +34,8 @@ def test_files_beside_the_shards_survive_every_build(tmp_path: Path) -> None:
     for file in files:
         file.write_text("mine")
     prepare(recipe(tmp_path, ROWS[:2]))
-    assert sorted(path.name for path in (tmp_path / "out").glob("train*.tar")) == ["train-00000.tar"]
-    prepare(recipe(tmp_path, ROWS[:2], seed=1), overwrite=True)
+    assert sorted(path.name for path in (tmp_path / "out").glob("train*.tar")) == ["train-chat-00000.tar"]
+    prepare(recipe(tmp_path, ROWS[:2], seed=1), mode="overwrite")
     assert [file.read_text() for file in files] == ["mine"] * 3
 
 

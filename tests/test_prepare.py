@@ -1,7 +1,6 @@
 """Preparing: nothing is lost, the same inputs give the same bytes, and a build that was stopped goes on."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -9,13 +8,15 @@ import pytest
 import yaml
 
 from omniprep import prepare as module
+from omniprep import prepare_partition as partition_module
 from omniprep.errors import ConfigError, DatasetError
-from omniprep.prepare import Worker, choose_split, plan_jobs, prepare, prepare_partition
+from omniprep.prepare import plan_jobs, prepare, retry
+from omniprep.prepare_partition import Worker, choose_split, prepare_partition
 from omniprep.recipe import Recipe, load_recipe
 from omniprep.shards.manifest import read_manifest
 from omniprep.shards.reader import find_sample, index_rows, iter_samples
 from omniprep.verify import verify
-from tests.prepare_builders import chat, recipe, tree, write_media, write_recipe
+from tests.prepare_builders import chat, recipe, tree, write_media, write_recipe, write_rows
 
 ROOT = Path(__file__).parents[1]
 TEXT = [chat(number) for number in range(10)]
@@ -140,7 +141,9 @@ def test_a_second_run_does_nothing_and_changes_nothing(tmp_path: Path, monkeypat
     assert tree(tmp_path / "out") == before
 
 
-@pytest.mark.parametrize("victim", ["train-00001.tar", "train-00001.parquet", "receipts/00001.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "victim", ["train-chat-00001.tar", "train-chat-00001.parquet", "receipts/chat-00001.json", "manifest.json"]
+)
 def test_a_lost_file_is_made_again(tmp_path: Path, victim: str) -> None:
     made = recipe(tmp_path, TEXT)
     prepare(made)
@@ -156,7 +159,7 @@ def test_changed_rows_redo_their_partition_only(tmp_path: Path) -> None:
     rows = [*TEXT[:9], chat(99)]
     manifest = prepare(recipe(tmp_path, rows))
     fresh = {path.name for path in (tmp_path / "out").glob("*.tar") if path.stat().st_mtime_ns != times[path.name]}
-    assert fresh == {"train-00002.tar"}
+    assert fresh == {"train-chat-00002.tar"}
     assert manifest.totals.num_records == 10
     assert find_sample(tmp_path / "out", "id-99").row == 9
     assert list(verify(tmp_path / "out")) == []
@@ -165,7 +168,7 @@ def test_changed_rows_redo_their_partition_only(tmp_path: Path) -> None:
 def test_fewer_rows_leave_nothing_of_the_old_partitions(tmp_path: Path) -> None:
     prepare(recipe(tmp_path, TEXT))
     prepare(recipe(tmp_path, TEXT[:4]))
-    assert [path.name for path in (tmp_path / "out").glob("*.tar")] == ["train-00000.tar"]
+    assert [path.name for path in (tmp_path / "out").glob("*.tar")] == ["train-chat-00000.tar"]
     assert list(verify(tmp_path / "out")) == []
 
 
@@ -175,7 +178,7 @@ def test_another_recipe_is_refused_and_overwrites_on_request(tmp_path: Path) -> 
     with pytest.raises(ConfigError, match=r"another recipe \(encode.max_tokens: null -> 8000\).*--overwrite"):
         prepare(other)
     assert list(verify(tmp_path / "out")) == []
-    assert prepare(other, overwrite=True).recipe["encode"]["max_tokens"] == 8000
+    assert prepare(other, mode="overwrite").recipe["encode"]["max_tokens"] == 8000
     assert list(verify(tmp_path / "out")) == []
 
 
@@ -193,28 +196,62 @@ def test_workers_and_places_are_no_part_of_the_recipes_identity(tmp_path: Path) 
 def test_a_foreign_folder_is_never_touched(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
-    for overwrite in (False, True):
+    for mode in ("continue", "update", "overwrite"):
         with pytest.raises(ConfigError, match="holds files that OmniPrep did not write"):
-            prepare(recipe(tmp_path, TEXT), overwrite=overwrite)
+            prepare(recipe(tmp_path, TEXT), mode=mode)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
 
 
 def test_a_second_build_at_the_same_time_is_refused(tmp_path: Path) -> None:
     from omniprep.receipts import open_build
+    from omniprep.storage.folder import open_folder
 
     made = recipe(tmp_path, TEXT)
-    with open_build(tmp_path / "out", made.identity(), overwrite=False), pytest.raises(ConfigError, match="another `omniprep"):
+    with (
+        open_build(open_folder(str(tmp_path / "out")), made.identity(), mode="continue"),
+        pytest.raises(ConfigError, match="another `omniprep"),
+    ):
         prepare(made)
 
 
-def test_mended_media_are_found_when_rejected_records_are_tried_again(tmp_path: Path) -> None:
+def test_retry_stores_what_works_now_and_leaves_finished_shards_alone(tmp_path: Path) -> None:
+    rows = [*TEXT[:5], chat(5, {"image": "i.png"}), chat(6, {"image": "never.png"}), *TEXT[6:]]
+    made = recipe(tmp_path, rows)
+    before = prepare(made)
+    assert before.rejects == {"media_missing": 2}
+    files = tree(tmp_path / "out")
+    assert retry(made.output) == before
+    assert tree(tmp_path / "out") == files
+    write_media(tmp_path / "data")
+    after = retry(made.output)
+    assert (after.rejects, after.num_rows, after.totals.num_records) == ({"media_missing": 1}, len(rows), len(rows) - 1)
+    shards = {name: digest for name, digest in files.items() if name.startswith("train")}
+    assert shards.items() < tree(tmp_path / "out").items()
+    assert {shard.name for shard in after.shards} - shards.keys() == {"train-chat-00001-01.tar"}
+    assert {row["key"] for row in index_rows(tmp_path / "out")} >= {"chat-00000005"}
+    assert list(verify(tmp_path / "out")) == []
+    files = tree(tmp_path / "out")
+    assert retry(made.output) == after, "nothing more works: nothing changes"
+    assert tree(tmp_path / "out") == files
+
+
+def test_retry_wants_a_finished_build_of_the_same_rows(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no dataset of `omniprep prepare`"):
+        retry(str(tmp_path / "out"))
+    made = recipe(tmp_path, [*TEXT, chat(10, {"image": "i.png"})])
+    prepare(made)
+    write_rows(tmp_path / "data" / "chat.jsonl", [chat(77), *TEXT])
+    with pytest.raises(ConfigError, match="their rows have changed; run `omniprep prepare`"):
+        retry(made.output)
+
+
+def test_media_that_appear_later_are_found_by_a_second_run(tmp_path: Path) -> None:
     made = recipe(tmp_path, [*TEXT[:5], chat(5, {"image": "i.png"})])
     assert prepare(made).rejects == {"media_missing": 1}
     write_media(tmp_path / "data")
-    first = (tmp_path / "out" / "train-00000.tar").stat().st_mtime_ns
-    assert prepare(made).rejects == {"media_missing": 1}
-    assert prepare(made, retry_rejected=True).rejects == {}
-    assert (tmp_path / "out" / "train-00000.tar").stat().st_mtime_ns == first, "only partitions with rejections"
+    first = (tmp_path / "out" / "train-chat-00000.tar").stat().st_mtime_ns
+    assert prepare(made).rejects == {}
+    assert (tmp_path / "out" / "train-chat-00000.tar").stat().st_mtime_ns == first, "only the partition that names them"
     assert list(verify(tmp_path / "out")) == []
 
 
@@ -236,7 +273,7 @@ def test_too_many_rejects_are_not_sealed_but_kept(tmp_path: Path) -> None:
     rows = [*TEXT, "{", "{"]
     run = {"rows_per_partition": 4, "executor": "serial"}
     with pytest.raises(
-        DatasetError, match=r"2 of 12 records were rejected \(schema_invalid: 2\), more than run.max_reject_rate=0.1"
+        DatasetError, match=r"2 of 12 records are rejected \(schema_invalid: 2\), more than run.max_reject_rate=0.1"
     ):
         prepare(recipe(tmp_path, rows, run={**run, "max_reject_rate": 0.1}))
     with pytest.raises(DatasetError, match="unfinished dataset"):
@@ -247,21 +284,15 @@ def test_too_many_rejects_are_not_sealed_but_kept(tmp_path: Path) -> None:
 def test_a_lost_record_is_not_sealed(tmp_path: Path, monkeypatch) -> None:
     def losing(worker, job):
         receipt = prepare_partition(worker, job)
-        return receipt.model_copy(update={"num_rows": receipt.num_rows - 1}) if job.number == 1 else receipt
+        return receipt.model_copy(update={"num_rows": receipt.num_rows - 1}) if job.partition.index == 1 else receipt
 
     monkeypatch.setattr(module, "prepare_partition", losing)
-    with pytest.raises(DatasetError, match=r"partition 1 \(chat\): 4 rows planned, 3 read, 4 stored, 0 rejected; not sealed"):
+    with pytest.raises(DatasetError, match=r"partition chat-00001: 4 rows planned, 3 read, 4 stored, 0 rejected; not sealed"):
         prepare(recipe(tmp_path, TEXT))
 
 
 def test_a_bug_stops_the_run_and_says_at_which_row(tmp_path: Path, monkeypatch) -> None:
-    def broken(worker, job):
-        fake = type("Encoder", (), {"encode": lambda *_args, **_more: 1 / 0})()
-        bad = replace(worker)
-        bad.__dict__["encoder"] = fake
-        return prepare_partition(bad, job)
-
-    monkeypatch.setattr(module, "prepare_partition", broken)
+    monkeypatch.setattr(partition_module, "RowEncoder", lambda *_: lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError) as caught:
         prepare(recipe(tmp_path, TEXT))
     assert caught.value.__notes__ == ["while preparing row chat.jsonl:1 of source 'chat'"]

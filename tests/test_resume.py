@@ -27,7 +27,7 @@ def corpus(folder: Path) -> Path:
 def stop_when(process: subprocess.Popen, out: Path, num_receipts: int, number: int) -> None:
     """Send a signal to the driver, and to nothing else, once so many partitions are finished."""
     deadline = time.monotonic() + 60
-    while len(list((out / "receipts").glob("[0-9]*.json"))) < num_receipts:
+    while len(list((out / "receipts").glob("chat-*.json"))) < num_receipts:
         assert process.poll() is None, "it ended before it could be stopped"
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -44,7 +44,7 @@ def undisturbed(tmp_path_factory) -> tuple[Path, dict[str, str]]:
 
 def check_resumes(recipe: Path, out: Path, expected: dict[str, str], *more: str) -> None:
     assert not (out / "manifest.json").exists()
-    assert 0 < len(list((out / "receipts").glob("[0-9]*.json"))) < 100
+    assert 0 < len(list((out / "receipts").glob("chat-*.json"))) < 100
     done = subprocess.run(command(recipe, out, *more), check=True, capture_output=True, text=True)
     assert "of 100 partitions are finished already" in done.stderr
     assert tree(out) == expected
@@ -59,7 +59,7 @@ def test_killed_twice(undisturbed, tmp_path: Path) -> None:
         )
         stop_when(process, out, num_receipts, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-    (out / "train-00000.tar.12345.partial").write_bytes(b"half of a shard")
+    (out / "train-chat-00000.tar.12345.partial").write_bytes(b"half of a shard")
     check_resumes(recipe, out, expected, "--executor", "serial")
 
 

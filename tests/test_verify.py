@@ -44,7 +44,7 @@ def findings(folder: Path) -> list[str]:
 def span(folder: Path, key: str, member: str) -> tuple[Path, int, int]:
     """Return the shard, offset and size of one member."""
     for shard in read_manifest(folder).shards:
-        with ShardReader(folder / shard.name) as reader:
+        with ShardReader(folder, shard.name) as reader:
             for row in reader.rows:
                 if row["key"] == key:
                     number = reader.member_names.index(member)
@@ -103,18 +103,18 @@ def test_a_truncated_shard_names_its_records(dataset: Path) -> None:
     assert any(line.startswith(f"{path.name}: chat-00000002: expected") and "cut short" in line for line in found)
 
 
-@pytest.mark.parametrize("name", ["train-00000.tar", "train-00000.parquet", "quarantine/00000.parquet"])
+@pytest.mark.parametrize("name", ["train-chat-00000.tar", "train-chat-00000.parquet", "quarantine/chat-00000.parquet"])
 def test_a_missing_file_is_found(dataset: Path, name: str) -> None:
     (dataset / name).unlink()
     assert f"{name}: missing, though the manifest names it" in findings(dataset)
 
 
 def test_a_file_too_many_is_found(dataset: Path) -> None:
-    shutil.copy(dataset / "train-00000.tar", dataset / "train-00009.tar")
-    (dataset / "train-00010.tar.77.partial").touch()
-    found = findings(dataset)
-    assert found[0].startswith("train-00009.tar: not in the manifest; remove it")
-    assert found[1].startswith("train-00010.tar.77.partial: half-written file")
+    shutil.copy(dataset / "train-chat-00000.tar", dataset / "train-chat-00009.tar")
+    (dataset / "train-chat-00010.tar.77.partial").touch()
+    found = sorted(findings(dataset))
+    assert found[0].startswith("train-chat-00009.tar: not in the manifest; remove it")
+    assert found[1].startswith("train-chat-00010.tar.77.partial: half-written file")
 
 
 def test_an_edited_manifest_is_refused(dataset: Path) -> None:
@@ -135,14 +135,14 @@ def test_a_manifest_edited_with_its_digest_is_found(dataset: Path) -> None:
 
 
 def test_an_edited_index_is_found(dataset: Path) -> None:
-    path = dataset / "train-00000.parquet"
+    path = dataset / "train-chat-00000.parquet"
     table = pq.ParquetFile(path).read()
     rows = table.to_pylist()
     rows[1]["num_tokens"] += 1
     pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
     found = findings(dataset)
-    assert any("train-00000.tar: chat-00000001: index: num_tokens is" in line for line in found)
-    assert any("train-00000.tar: manifest: totals are num_tokens" in line for line in found)
+    assert any("train-chat-00000.tar: chat-00000001: index: num_tokens is" in line for line in found)
+    assert any("train-chat-00000.tar: manifest: totals are num_tokens" in line for line in found)
 
 
 def test_a_manifest_of_another_format_is_refused(dataset: Path) -> None:

@@ -11,7 +11,8 @@ import pytest
 from omniprep.prepare import prepare
 from omniprep.shards.manifest import add_up, read_manifest, write_manifest
 from omniprep.shards.reader import iter_samples
-from omniprep.shards.writer import PartitionWriter
+from omniprep.shards.writer import PartitionWriter, to_record
+from omniprep.storage.folder import open_folder
 from omniprep.types import EncodedSample, Layout, Segment
 from omniprep.verify import verify
 from omniprep.verify_reference import Parity, verify_against_transformers
@@ -72,11 +73,15 @@ def rewritten(sound: Path, folder: Path, number: int, change: Callable[[list[Enc
     shards = []
     for shard in manifest.shards:
         writer = PartitionWriter(
-            out, source=shard.source, partition=shard.partition, form=manifest.member_format, max_shard_bytes=1 << 30
+            open_folder(str(out)),
+            source=shard.source,
+            partition=shard.partition,
+            form=manifest.member_format,
+            max_shard_bytes=1 << 30,
         )
         for sample in samples:
             if sample.row // 4 == shard.partition:
-                writer.add(sample)
+                writer.add(to_record(sample, manifest.member_format))
         shards += writer.close()
     changes = {
         "shards": tuple(shards),

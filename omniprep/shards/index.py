@@ -3,11 +3,11 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from math import prod
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omniprep.errors import DatasetError
 from omniprep.profile import QWEN2_5_OMNI, ModelProfile
+from omniprep.storage.folder import Folder
 from omniprep.types import EncodedSample
 
 if TYPE_CHECKING:
@@ -115,22 +115,29 @@ def parquet_bytes(table: "pa.Table") -> bytes:
     return bytes(sink.getvalue())
 
 
-def read_index(path: Path) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
+def read_index(folder: Folder, name: str) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
     """Return the rows of an index and the names of the members. Raises `DatasetError` if it is not one."""
+    table = read_index_table(folder, name)
+    rows: list[dict[str, Any]] = table.to_pylist()
+    return rows, tuple((table.schema.metadata or {})[b"omniprep.members"].decode().split())
+
+
+def read_index_table(folder: Folder, name: str, columns: Sequence[str] | None = None) -> "pa.Table":
+    """Return an index as a table, of all columns or of some. Raises `DatasetError` if it is not one."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         # One row group each of these small files: threads would only cost their start.
-        table = pq.ParquetFile(path).read(use_threads=False)
+        file = pq.ParquetFile(pa.BufferReader(folder.read(name)))
+        schema = file.schema_arrow
+        members = (schema.metadata or {}).get(b"omniprep.members", b"").decode("utf-8", "replace").split()
+        missing = [column for column in COLUMNS if column not in schema.names]
+        if missing or not members:
+            raise DatasetError(f"{name}: not an OmniPrep index: lacks {', '.join(missing) or 'the member names'}")
+        return file.read(columns=list(columns or COLUMNS), use_threads=False)
     except (OSError, pa.ArrowException) as error:
-        raise DatasetError(f"{path.name}: not a readable Parquet file: {' '.join(str(error).split())}") from None
-    names = (table.schema.metadata or {}).get(b"omniprep.members", b"").decode().split()
-    missing = [name for name in COLUMNS if name not in table.column_names]
-    if missing or not names:
-        raise DatasetError(f"{path.name}: not an OmniPrep index: lacks {', '.join(missing) or 'the member names'}")
-    rows: list[dict[str, Any]] = table.select(list(COLUMNS)).to_pylist()
-    return rows, tuple(names)
+        raise DatasetError(f"{name}: not a readable Parquet file: {' '.join(str(error).split())}") from None
 
 
 def _arrow_type(kind: str) -> "pa.DataType":

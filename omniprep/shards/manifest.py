@@ -3,15 +3,14 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from omniprep.errors import DatasetError
-from omniprep.shards.files import write_file
 from omniprep.shards.index import modalities
 from omniprep.shards.members import FORMAT_VERSION, MelDtype, MemberFormat, SampleKind
+from omniprep.storage.folder import Place, as_folder
 from omniprep.types import FrameFormat, RopeMode
 
 MANIFEST_NAME = "manifest.json"
@@ -46,6 +45,7 @@ class ShardInfo(Stored):
     split: str
     source: str
     partition: int
+    """Position in its source."""
     num_bytes: int
     sha256: str
     index_sha256: str
@@ -132,9 +132,9 @@ def totals_by_modality(rows: Iterable[Mapping[str, Any]]) -> dict[str, Totals]:
     return add_up((name, totals_of(row)) for row in rows for name in modalities(row))
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def write_manifest(folder: Place, manifest: Manifest) -> None:
     """Seal a dataset: write `manifest.json` with a digest of its own content."""
-    write_file(folder / MANIFEST_NAME, manifest_bytes(manifest))
+    as_folder(folder).write(MANIFEST_NAME, manifest_bytes(manifest))
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
@@ -143,17 +143,20 @@ def manifest_bytes(manifest: Manifest) -> bytes:
     return (json.dumps({**values, "sha256": canonical_sha256(values)}, indent=1, sort_keys=True) + "\n").encode("ascii")
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Place) -> Manifest:
     """Return a dataset's manifest. Raises `DatasetError` if there is none, it was edited, or is of another format."""
-    path = folder / MANIFEST_NAME
+    folder = as_folder(folder)
+    path = f"{folder.place}/{MANIFEST_NAME}"
     try:
-        values = json.loads(path.read_bytes())
+        values = json.loads(folder.read(MANIFEST_NAME))
     except FileNotFoundError:
-        what = "an unfinished dataset; run the same `omniprep prepare` again" if (folder / "receipts").is_dir() else "no dataset"
-        raise DatasetError(f"{folder}: {MANIFEST_NAME} is missing, so this is {what}") from None
+        started = folder.size("receipts/recipe.json") is not None
+        what = "an unfinished dataset; run the same `omniprep prepare` again" if started else "no dataset"
+        raise DatasetError(f"{folder.place}: {MANIFEST_NAME} is missing, so this is {what}") from None
     except NotADirectoryError:
-        raise DatasetError(f"{folder}: expected the folder of a dataset, got a file; name the folder that it is in") from None
-    except (OSError, ValueError) as error:
+        detail = "expected the folder of a dataset, got a file; name the folder that it is in"
+        raise DatasetError(f"{folder.place}: {detail}") from None
+    except (ValueError, RecursionError) as error:
         raise DatasetError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(values, dict):
         raise DatasetError(f"{path}: expected a JSON object, got {type(values).__name__}")

@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from omniprep.errors import DatasetError
-from omniprep.shards.files import write_file
 from omniprep.shards.index import parquet_bytes
 from omniprep.shards.manifest import QuarantineInfo
+from omniprep.storage.folder import Folder
 from omniprep.types import Rejection
 
 QUARANTINE_FOLDER = "quarantine"
@@ -21,11 +20,13 @@ COLUMNS = {
     "reason": "string",
     "detail": "string",
     "retryable": "bool",
+    "probe": "string",
     "record": "binary",
     "blobs": "list<string>",
 }
 """Columns and their Arrow types. `record` is the row's JSON text (or the line as it came, if it is not JSON), in which
-media bytes are `{"sha256", "num_bytes"}`; `blobs` names those media under `quarantine/blobs/`."""
+media bytes are `{"sha256", "num_bytes"}`; `blobs` names those media under `quarantine/blobs/`. `probe` is a JSON list of the
+media files that were found before the record failed: `{"name", "num_bytes", "sha256"}`, `num_bytes` -1 for one that is missing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,20 +37,23 @@ class Rejected:
     blobs: tuple[str, ...] = ()
 
 
-def store_blobs(folder: Path, blobs: Mapping[str, bytes]) -> tuple[str, ...]:
+def store_blobs(folder: Folder, blobs: Mapping[str, bytes]) -> tuple[str, ...]:
     """Write a row's media once under their sha256 and return the names, sorted."""
-    if blobs:
-        target = folder / QUARANTINE_FOLDER / BLOBS_FOLDER
-        target.mkdir(parents=True, exist_ok=True)
-        for name, data in blobs.items():
-            path = target / name
-            if not path.exists() or path.stat().st_size != len(data):
-                write_file(path, data)
+    for digest, data in blobs.items():
+        if folder.size(blob_name(digest)) != len(data):
+            folder.write(blob_name(digest), data)
     return tuple(sorted(blobs))
 
 
-def write_quarantine(folder: Path, *, partition: int, source: str, rejected: Sequence[Rejected]) -> QuarantineInfo | None:
-    """Write the rejected records of one partition, if there are any, and return what the manifest says of them."""
+def blob_name(digest: str) -> str:
+    """Return the name of a quarantined medium."""
+    return f"{QUARANTINE_FOLDER}/{BLOBS_FOLDER}/{digest}"
+
+
+def write_quarantine(
+    folder: Folder, stem: str, *, partition: int, source: str, rejected: Sequence[Rejected]
+) -> QuarantineInfo | None:
+    """Write the rejected records of one partition as `STEM.parquet`, if there are any, and return what the manifest says of them."""
     if not rejected:
         return None
     import pyarrow as pa
@@ -57,28 +61,27 @@ def write_quarantine(folder: Path, *, partition: int, source: str, rejected: Seq
     rows = [{**_as_row(item.rejection), "blobs": list(item.blobs)} for item in rejected]
     fields = [pa.field(name, _arrow_type(kind), nullable=False) for name, kind in COLUMNS.items()]
     table = pa.Table.from_pylist(rows, schema=pa.schema(fields))
-    target = folder / QUARANTINE_FOLDER
-    target.mkdir(parents=True, exist_ok=True)
-    name = f"{partition:05d}.parquet"
+    name = f"{stem}.parquet"
     return QuarantineInfo(
         name=name,
         source=source,
         partition=partition,
         num_records=len(rows),
-        sha256=write_file(target / name, parquet_bytes(table)),
+        sha256=folder.write(f"{QUARANTINE_FOLDER}/{name}", parquet_bytes(table)),
         blobs=tuple(sorted({blob for item in rejected for blob in item.blobs})),
     )
 
 
-def read_quarantine(path: Path) -> Iterator[Rejected]:
-    """Yield the rejected records of one file. Raises `DatasetError` if it is not readable."""
+def read_quarantine(folder: Folder, name: str) -> Iterator[Rejected]:
+    """Yield the rejected records of the quarantine file `name`. Raises `DatasetError` if it is not readable."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        rows = pq.ParquetFile(path).read(columns=list(COLUMNS), use_threads=False).to_pylist()
+        data = pa.BufferReader(folder.read(f"{QUARANTINE_FOLDER}/{name}"))
+        rows = pq.ParquetFile(data).read(columns=list(COLUMNS), use_threads=False).to_pylist()
     except (OSError, pa.ArrowException) as error:
-        raise DatasetError(f"{path.name}: not a readable quarantine file: {' '.join(str(error).split())}") from None
+        raise DatasetError(f"{name}: not a readable quarantine file: {' '.join(str(error).split())}") from None
     for row in rows:
         blobs = tuple(row.pop("blobs"))
         yield Rejected(rejection=Rejection(**row), blobs=blobs)

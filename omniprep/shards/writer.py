@@ -5,26 +5,24 @@ name only when it is complete; its index appears after it.
 """
 
 import hashlib
-import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 from omniprep.errors import Reason, RejectSample
 from omniprep.profile import QWEN2_5_OMNI, ModelProfile
-from omniprep.shards.files import partial_path, publish, write_file
 from omniprep.shards.index import content_sha256, describe_sample, index_bytes
 from omniprep.shards.manifest import ShardInfo, Totals, add_up, totals_by_modality, totals_of
 from omniprep.shards.members import MemberFormat, to_members
+from omniprep.storage.folder import FileWriter, Folder
 from omniprep.types import EncodedSample
 
 BLOCK_BYTES = 512
 _MAX_MEMBER_BYTES = 8**11 - 1
 """The largest size that a ustar header can state (8 GiB)."""
 _MAX_NAME_BYTES = 100
-_BUFFER_BYTES = 1 << 20
 _MAX_OPEN_SHARDS = 32
 """Records name their splits; one each must not use up the process's file descriptors."""
 _SMALL_BYTES = 1 << 18
@@ -65,34 +63,61 @@ def record_key(source: str, row: int) -> str:
     return f"{safe_name(source)}-{row:08d}"
 
 
-def shard_stem(split: str, partition: int, number: int = 0) -> str:
+def partition_stem(source: str, partition: int) -> str:
+    """Return what names a partition's files: its source and its place in that source.
+
+    A source that grows, or a new one, leaves the names of all others as they are.
+
+    >>> partition_stem("chat", 3)
+    'chat-00003'
+    """
+    return f"{safe_name(source)}-{partition:05d}"
+
+
+def shard_stem(split: str, source: str, partition: int, number: int = 0) -> str:
     """Return the name of a partition's shard without `.tar`; `number` counts the shards it was cut into.
 
-    >>> shard_stem("train", 3), shard_stem("train", 3, 2)
-    ('train-00003', 'train-00003-02')
+    >>> shard_stem("train", "chat", 3), shard_stem("train", "chat", 3, 2)
+    ('train-chat-00003', 'train-chat-00003-02')
     """
-    return f"{split}-{partition:05d}" + (f"-{number:02d}" if number else "")
+    return f"{split}-{partition_stem(source, partition)}" + (f"-{number:02d}" if number else "")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardRecord:
+    """A sample as it is stored: what crosses from the process that encodes to the one that writes."""
+
+    key: str
+    split: str
+    members: dict[str, bytes]
+    facts: dict[str, Any]
+    """Its index row, but for where it lies in the shard."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Return about what it takes in a tar."""
+        return sum(2 * BLOCK_BYTES + len(data) for data in self.members.values())
+
+
+def to_record(sample: EncodedSample, form: MemberFormat | None = None, *, profile: ModelProfile = QWEN2_5_OMNI) -> ShardRecord:
+    """Return a sample as it is stored. Raises `RejectSample` if it cannot be."""
+    members = to_members(sample, form, profile=profile)
+    check_storable(sample.key, members)
+    facts = {
+        **describe_sample(sample, profile),
+        "member_sizes": [len(data) for data in members.values()],
+        "content_sha256": content_sha256(members),
+    }
+    return ShardRecord(key=sample.key, split=sample.split, members=members, facts=facts)
 
 
 class ShardWriter:
     """Writes one shard and its index. Nothing has a final name until `close`; `abandon` leaves nothing."""
 
-    def __init__(
-        self,
-        folder: Path,
-        stem: str,
-        *,
-        source: str,
-        split: str,
-        partition: int,
-        form: MemberFormat,
-        profile: ModelProfile = QWEN2_5_OMNI,
-    ) -> None:
-        self.path = folder / f"{stem}.tar"
-        self._source, self._split, self._partition = source, split, partition
-        self._form, self._profile = form, profile
-        self._partial = partial_path(self.path)
-        self._file: BinaryIO = self._partial.open("wb", buffering=_BUFFER_BYTES)
+    def __init__(self, folder: Folder, stem: str, *, source: str, split: str, partition: int, form: MemberFormat) -> None:
+        self.stem = stem
+        self._folder, self._source, self._split, self._partition, self._form = folder, source, split, partition, form
+        self._file: FileWriter = folder.create(f"{stem}.tar")
         self._digest = hashlib.sha256()
         self._rows: list[dict[str, Any]] = []
         self.num_bytes = 0
@@ -102,39 +127,28 @@ class ShardWriter:
         """Return the records written so far."""
         return len(self._rows)
 
-    def add(self, sample: EncodedSample, members: Mapping[str, bytes]) -> None:
-        """Append one record, whose members `to_members` made."""
+    def add(self, record: ShardRecord) -> None:
+        """Append one record."""
         start = self.num_bytes
         pieces: list[bytes] = []
         offsets: list[int] = []
         at = start
-        for name, data in members.items():
+        for name, data in record.members.items():
             padding = b"\0" * (-len(data) % BLOCK_BYTES)
-            pieces += (tar_header(f"{sample.key}.{name}", len(data)), data, padding)
+            pieces += (tar_header(f"{record.key}.{name}", len(data)), data, padding)
             offsets.append(at + BLOCK_BYTES)
             at += BLOCK_BYTES + len(data) + len(padding)
         self._write(pieces)
-        self._rows.append(
-            {
-                **describe_sample(sample, self._profile),
-                "offset": start,
-                "size": at - start,
-                "member_offsets": offsets,
-                "member_sizes": [len(data) for data in members.values()],
-                "content_sha256": content_sha256(members),
-            }
-        )
+        self._rows.append({**record.facts, "offset": start, "size": at - start, "member_offsets": offsets})
 
     def close(self) -> ShardInfo:
         """Finish the tar, give it its name, then write its index; return what the manifest says of both."""
         self._write([b"\0" * (2 * BLOCK_BYTES)])
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        publish(self._partial, self.path)
-        index_sha256 = write_file(self.path.with_suffix(".parquet"), index_bytes(self._rows, members=self._form.names))
+        with self._file:
+            self._file.publish()
+        index_sha256 = self._folder.write(f"{self.stem}.parquet", index_bytes(self._rows, members=self._form.names))
         return ShardInfo(
-            name=self.path.name,
+            name=f"{self.stem}.tar",
             split=self._split,
             source=self._source,
             partition=self._partition,
@@ -147,14 +161,14 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Close without publishing and remove what was written."""
-        self._file.close()
-        self._partial.unlink(missing_ok=True)
+        with self._file:
+            pass
 
     def _write(self, pieces: list[bytes]) -> None:
         if sum(map(len, pieces)) < _SMALL_BYTES:
             pieces = [b"".join(pieces)]
-        self._file.writelines(pieces)
         for piece in pieces:
+            self._file.write(piece)
             self._digest.update(piece)
             self.num_bytes += len(piece)
 
@@ -167,18 +181,19 @@ class PartitionWriter:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Folder,
         *,
         source: str,
         partition: int,
         form: MemberFormat,
         max_shard_bytes: int,
-        profile: ModelProfile = QWEN2_5_OMNI,
+        first_numbers: Mapping[str, int] | None = None,
     ) -> None:
+        """`first_numbers` says, by split, how many shards the partition has already; they are left alone."""
         self._folder, self._source, self._partition = folder, source, partition
-        self._form, self._max_shard_bytes, self._profile = form, max_shard_bytes, profile
+        self._form, self._max_shard_bytes = form, max_shard_bytes
         self._open: dict[str, ShardWriter] = {}
-        self._number: dict[str, int] = {}
+        self._number: dict[str, int] = dict(first_numbers or {})
         self._closed: list[ShardInfo] = []
 
     def __enter__(self) -> "PartitionWriter":
@@ -188,18 +203,15 @@ class PartitionWriter:
         for writer in self._open.values():
             writer.abandon()
 
-    def add(self, sample: EncodedSample) -> None:
-        """Append a sample to the shard of its split. Raises `RejectSample` if it cannot be stored."""
-        members = to_members(sample, self._form, profile=self._profile)
-        check_storable(sample.key, members)
-        size = sum(2 * BLOCK_BYTES + len(data) for data in members.values())
-        writer = self._open.get(sample.split)
-        if writer is not None and writer.num_bytes + size > self._max_shard_bytes:
-            self._close_shard(sample.split)
+    def add(self, record: ShardRecord) -> None:
+        """Append a record to the shard of its split."""
+        writer = self._open.get(record.split)
+        if writer is not None and writer.num_bytes + record.num_bytes > self._max_shard_bytes:
+            self._close_shard(record.split)
             writer = None
         if writer is None and len(self._open) >= _MAX_OPEN_SHARDS:
             self._close_shard(next(iter(self._open)))
-        (writer or self._start(sample.split)).add(sample, members)
+        (writer or self._start(record.split)).add(record)
 
     def close(self) -> tuple[ShardInfo, ...]:
         """Publish every shard and return them by name."""
@@ -214,12 +226,11 @@ class PartitionWriter:
     def _start(self, split: str) -> ShardWriter:
         writer = ShardWriter(
             self._folder,
-            shard_stem(split, self._partition, self._number.setdefault(split, 0)),
+            shard_stem(split, self._source, self._partition, self._number.setdefault(split, 0)),
             source=self._source,
             split=split,
             partition=self._partition,
             form=self._form,
-            profile=self._profile,
         )
         self._open[split] = writer
         return writer

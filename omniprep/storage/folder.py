@@ -7,7 +7,9 @@ Everything that OmniPrep writes goes through a `Folder`, so that a local disk an
 - a file that two builds might both write is committed on condition (`write_if`).
 """
 
+import hashlib
 from contextlib import AbstractContextManager
+from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Protocol, Self
 
@@ -56,11 +58,15 @@ class RandomReader(Protocol):
 class Folder(Protocol):
     """Files below one folder. Names are relative, with `/`. Holds settings only: it pickles."""
 
-    place: str
-    """Path or URL, for messages; `open_folder` takes it."""
+    @property
+    def place(self) -> str:
+        """Return its path or URL, for messages; `open_folder` takes it."""
 
     def exists(self) -> bool:
         """Return whether the folder is there (an object store: whether any file lies below it)."""
+
+    def is_empty(self) -> bool:
+        """Return whether no file lies in it, at any depth (or there is no such folder)."""
 
     def read(self, name: str) -> bytes:
         """Return a whole file. Raises `FileNotFoundError`, `StorageError`."""
@@ -112,3 +118,18 @@ def open_folder(place: str) -> Folder:
     from omniprep.storage.remote import RemoteFolder, is_url
 
     return RemoteFolder(place) if is_url(place) else LocalFolder(place)
+
+
+Place = Folder | Path | str
+"""A folder, or where one is: public functions take any of these."""
+
+
+def as_folder(place: Place) -> Folder:
+    """Return `place` if it is a folder already, else the folder there."""
+    return open_folder(str(place)) if isinstance(place, (str, Path)) else place
+
+
+def sha256_of(folder: Folder, name: str) -> str:
+    """Return the sha256 of a file, reading it in pieces."""
+    with folder.open(name) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]

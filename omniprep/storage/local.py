@@ -33,6 +33,10 @@ class LocalFolder:
         """Return whether the folder is there."""
         return self.path.is_dir()
 
+    def is_empty(self) -> bool:
+        """Return whether no file lies in it."""
+        return not any(path.is_file() for path in self.path.rglob("*"))
+
     def read(self, name: str) -> bytes:
         """Return a whole file."""
         with _explained(self.path / name):
@@ -192,7 +196,7 @@ def _explained(path: Path) -> Iterator[None]:
     """Turn the errors of a disk into one line with advice; a missing file stays `FileNotFoundError`."""
     try:
         yield
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise
     except OSError as error:
         advice = _ADVICE.get(error.errno or 0, "mend that")

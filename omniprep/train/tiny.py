@@ -169,7 +169,7 @@ def read_batch(folder: Path, *, num_samples: int, split: str = "train") -> list[
         raise ConfigError(f"{folder}: no record with a supervised token in split {split!r}")
     batch: list[tuple[str, ModelInputs]] = []
     for row in rows:
-        with ShardReader(folder / row["shard"]) as reader:
+        with ShardReader(folder, row["shard"]) as reader:
             number = next(number for number, other in enumerate(reader.rows) if other["key"] == row["key"])
             sample = reader.read(number)
         if "tokens" not in sample.layouts:

@@ -16,8 +16,9 @@ from readme_path import ReadmePath
 from omniprep.encode.thinker import EncodeConfig, ThinkerEncoder
 from omniprep.profile import QWEN2_5_OMNI
 from omniprep.records import MediaBlob, parse_record
-from omniprep.shards.members import MemberFormat, to_members
-from omniprep.shards.writer import ShardWriter, record_key
+from omniprep.shards.members import MemberFormat
+from omniprep.shards.writer import ShardWriter, record_key, to_record
+from omniprep.storage.folder import open_folder
 from omniprep.tokens.layout import TrackRun, VideoRun, lay_out
 from omniprep.types import MediaFile, ResizeMode
 
@@ -36,13 +37,15 @@ class Ours:
         config = {"image": {"resize": resize}, "video": {"resize": resize}, **settings}
         self._encoder = ThinkerEncoder(EncodeConfig.model_validate(config))
         self._form = MemberFormat()
-        self._writer = ShardWriter(Path(folder), f"train-{resize}", source="bench", split="train", partition=0, form=self._form)
+        self._writer = ShardWriter(
+            open_folder(str(folder)), f"train-{resize}", source="bench", split="train", partition=0, form=self._form
+        )
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> None:
         for row in rows:
             key = record_key("bench", self._writer.num_records)
             sample = self._encoder.encode(parse_record(row), key=key, resolve=_resolve)
-            self._writer.add(sample, to_members(sample, self._form))
+            self._writer.add(to_record(sample, self._form))
 
     def close(self) -> None:
         self._writer.abandon()

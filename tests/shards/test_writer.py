@@ -14,7 +14,8 @@ from omniprep.errors import DatasetError
 from omniprep.shards.index import COLUMNS, read_index
 from omniprep.shards.members import MemberFormat, from_members, to_members
 from omniprep.shards.reader import ShardReader
-from omniprep.shards.writer import PartitionWriter, ShardWriter, check_storable, record_key, safe_name, tar_header
+from omniprep.shards.writer import PartitionWriter, ShardWriter, check_storable, record_key, safe_name, tar_header, to_record
+from omniprep.storage.folder import open_folder
 from tests.shards.builders import assert_equal, media_sample, preference_sample, text_sample
 
 
@@ -25,11 +26,10 @@ def samples(count: int = 6):
 
 
 def write(folder: Path, records, *, form: MemberFormat | None = None, max_shard_bytes: int = 1 << 30):
-    folder.mkdir(parents=True, exist_ok=True)
     form = form or MemberFormat()
-    with PartitionWriter(folder, source="s", partition=0, form=form, max_shard_bytes=max_shard_bytes) as writer:
+    with PartitionWriter(open_folder(str(folder)), source="s", partition=0, form=form, max_shard_bytes=max_shard_bytes) as writer:
         for record in records:
-            writer.add(record)
+            writer.add(to_record(record, form))
         return writer.close()
 
 
@@ -43,7 +43,7 @@ def test_tar_header_is_tarfiles(name: str, size: int) -> None:
 def test_same_records_give_the_same_bytes(tmp_path: Path) -> None:
     one, two = write(tmp_path / "a", samples()), write(tmp_path / "b", samples())
     assert one == two
-    for name in ("train-00000.tar", "train-00000.parquet"):
+    for name in ("train-s-00000.tar", "train-s-00000.parquet"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
@@ -51,7 +51,7 @@ def test_index_reads_every_record_and_member(tmp_path: Path) -> None:
     records = samples()
     (info,) = write(tmp_path, records)
     assert info.num_bytes == (tmp_path / info.name).stat().st_size
-    with ShardReader(tmp_path / info.name) as reader:
+    with ShardReader(tmp_path, info.name) as reader:
         assert len(reader) == len(records)
         for number in reversed(range(len(records))):
             assert reader.read_members(number) == to_members(records[number])
@@ -75,7 +75,7 @@ def test_index_columns_are_as_documented(tmp_path: Path) -> None:
     assert {field.name: str(field.type).replace("element", "item") for field in schema} == {
         name: "list<item: int64>" if kind.startswith("list") else kind for name, kind in COLUMNS.items()
     }
-    row = read_index(tmp_path / info.index_name)[0][-1]
+    row = read_index(open_folder(str(tmp_path)), info.index_name)[0][-1]
     facts = {name: row[name] for name in ("num_mel_frames", "num_patches", "num_images", "num_videos", "audio_s", "video_s")}
     assert facts == {"num_mel_frames": 125, "num_patches": 16, "num_images": 1, "num_videos": 1, "audio_s": 1.25, "video_s": 1.6}
     assert (row["has_audio"], row["has_image"], row["has_video"], row["has_video_with_sound"]) == (True, True, True, False)
@@ -85,7 +85,12 @@ def test_index_columns_are_as_documented(tmp_path: Path) -> None:
 def test_shards_split_by_size_and_by_split(tmp_path: Path) -> None:
     records = [text_sample(f"s-{n:08d}", split="val" if n == 2 else "train") for n in range(6)]
     shards = write(tmp_path, records, max_shard_bytes=9_000)
-    assert [shard.name for shard in shards] == ["train-00000-01.tar", "train-00000-02.tar", "train-00000.tar", "val-00000.tar"]
+    assert [shard.name for shard in shards] == [
+        "train-s-00000-01.tar",
+        "train-s-00000-02.tar",
+        "train-s-00000.tar",
+        "val-s-00000.tar",
+    ]
     assert sum(shard.totals.num_records for shard in shards) == 6
     assert all(shard.num_bytes <= 9_000 + 1024 for shard in shards)
 
@@ -98,19 +103,21 @@ def test_a_record_larger_than_the_limit_gets_a_shard_of_its_own(tmp_path: Path) 
 def test_nothing_is_left_when_an_exception_passes(tmp_path: Path) -> None:
     with (
         pytest.raises(RuntimeError),
-        PartitionWriter(tmp_path, source="s", partition=0, form=MemberFormat(), max_shard_bytes=1 << 30) as writer,
+        PartitionWriter(
+            open_folder(str(tmp_path)), source="s", partition=0, form=MemberFormat(), max_shard_bytes=1 << 30
+        ) as writer,
     ):
-        writer.add(text_sample())
+        writer.add(to_record(text_sample()))
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
 
 
 def test_no_final_name_before_close(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path, "train-00000", source="s", split="train", partition=0, form=MemberFormat())
-    writer.add(text_sample(), to_members(text_sample()))
+    writer = ShardWriter(open_folder(str(tmp_path)), "train-s-00000", source="s", split="train", partition=0, form=MemberFormat())
+    writer.add(to_record(text_sample()))
     assert [path.suffix for path in tmp_path.iterdir()] == [".partial"]
     writer.close()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["train-00000.parquet", "train-00000.tar"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["train-s-00000.parquet", "train-s-00000.tar"]
 
 
 @given(name=st.text(min_size=1, max_size=80))
@@ -127,7 +134,10 @@ def test_truncated_shard_names_the_record(tmp_path: Path) -> None:
     (info,) = write(tmp_path, samples())
     path = tmp_path / info.name
     path.write_bytes(path.read_bytes()[:-40_000])
-    with ShardReader(path) as reader, pytest.raises(DatasetError, match=r"train-00000.tar: s-00000008: .*cut short"):
+    with (
+        ShardReader(tmp_path, path.name) as reader,
+        pytest.raises(DatasetError, match=r"train-s-00000.tar: s-00000008: .*cut short"),
+    ):
         reader.read(8)
 
 
