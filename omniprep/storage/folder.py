@@ -56,8 +56,9 @@ class RandomReader(Protocol):
 class Folder(Protocol):
     """Files below one folder. Names are relative, with `/`. Holds settings only: it pickles."""
 
-    place: str
-    """Path or URL, for messages; `open_folder` takes it."""
+    @property
+    def place(self) -> str:
+        """Path or URL, for messages; `open_folder` takes it."""
 
     def exists(self) -> bool:
         """Return whether the folder is there (an object store: whether any file lies below it)."""

@@ -6,7 +6,7 @@ import hashlib
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -162,10 +162,8 @@ class LocalWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        try:
+        with suppress(OSError):  # what is still in the buffer does not fit on a full disk, and nobody wants it
             self._file.close()
-        except OSError:  # what is still in the buffer does not fit on a full disk, and nobody wants it
-            pass
         self._partial.unlink(missing_ok=True)
 
 
