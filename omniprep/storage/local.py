@@ -57,8 +57,8 @@ class LocalFolder:
 
     def files(self, under: str = "") -> dict[str, int]:
         """Return the names and sizes of all complete files below `under`, sorted by name."""
-        found = sorted(path for path in (self.path / under).rglob("*") if path.is_file() and path.suffix != PARTIAL_SUFFIX)
-        return {path.relative_to(self.path).as_posix(): path.stat().st_size for path in found}
+        found = (path for path in (self.path / under).rglob("*") if path.suffix != PARTIAL_SUFFIX and path.is_file())
+        return dict(sorted((path.relative_to(self.path).as_posix(), path.stat().st_size) for path in found))
 
     def write(self, name: str, data: bytes) -> str:
         """Write a whole file, absent or complete, and return its sha256."""
