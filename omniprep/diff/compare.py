@@ -37,7 +37,18 @@ _SIZES = {
 }
 """Columns by what of a record they measure."""
 _NOT_COMPARED = ("key", "content", NAME, "shard", "number")
-_STATED = ("format", "omniprep", "profile", "kind", "rope_mode", "frame_format", "mel_dtype", "members", "codec")
+_STATED = (
+    "format",
+    "omniprep",
+    "profile",
+    "kind",
+    "rope_mode",
+    "frame_format",
+    "mel_dtype",
+    "members",
+    "tokenizer_sha256",
+    "codec",
+)
 
 Place = tuple[int, int]
 """Number of a shard in the manifest, number of a record in the shard."""
@@ -103,19 +114,20 @@ def diff(
         for left, right in matched.pairs():
             pairs = join(left, right, name_column(match))
             _compare_pairs(pairs, found)
-            unmatched.add(0, _take_rejected(pairs.only_a(), rejected[1], "newly_rejected", found))
-            unmatched.add(1, _take_rejected(pairs.only_b(), rejected[0], "newly_accepted", found))
+            unmatched.add(0, pairs.only_a())
+            unmatched.add(1, pairs.only_b())
         for left, right in unmatched.pairs():
             # Of several records with one content, those with the first keys are paired.
             pairs = join(left.sort_by("key"), right.sort_by("key"), "content")
             _compare_pairs(pairs, found)
-            found.add(removed=_alone(pairs.only_a(), limit), added=_alone(pairs.only_b(), limit))
+            removed = _take_rejected(pairs.only_a(), rejected[1], "newly_rejected", found)
+            added = _take_rejected(pairs.only_b(), rejected[0], "newly_accepted", found)
+            found.add(removed=_alone(removed, limit), added=_alone(added, limit))
     num_rejected_in_both = _compare_rejections(*rejected, found)
     return DatasetDiff(
         a=a,
         b=b,
         match=match,
-        equal=_unstamped(before) == _unstamped(after),
         recipe=tuple(differences(_sources_by_name(before.recipe), _sources_by_name(after.recipe))),
         versions=tuple(differences(_stated(before), _stated(after))),
         totals=_totals(before, after),
@@ -353,10 +365,6 @@ def _details(side: Dataset, keys: set[str]) -> dict[str, str]:
             chosen = table.filter(pc.is_in(table["key"], value_set=pa.array(sorted(keys))))
             found |= dict(zip(chosen["key"].to_pylist(), chosen["detail"].to_pylist(), strict=True))
     return found
-
-
-def _unstamped(manifest: Manifest) -> Manifest:
-    return manifest.model_copy(update={"parity": ""})
 
 
 def _sources_by_name(recipe: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import heapq
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from pydantic import Field
+from pydantic import Field, computed_field
 
 from omniprep.diff.record import Part, printable
 from omniprep.diff.rows import Match
@@ -95,8 +95,6 @@ class DatasetDiff(Stored):
     b: str
     match: Match
     """What makes a record of A and one of B the same: the key, the record's own id, or the content."""
-    equal: bool
-    """The manifests state the same bytes: nothing differs."""
     recipe: tuple[str, ...]
     versions: tuple[str, ...]
     """Of OmniPrep and of libraries, and the settings that the manifest states beside the recipe."""
@@ -117,6 +115,14 @@ class DatasetDiff(Stored):
     sampled_changed: Sampled
     sampled_same: Sampled
     """Records of rewritten shards whose index rows agree: of these only the provenance can differ."""
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def equal(self) -> bool:
+        """Nothing differs but how rejections are worded, which names the folders that media were looked for in."""
+        shards_differ = any(count for name, count in self.shards if name != "identical")
+        records_differ = any(group.count for _, group in self.groups) or self.rejected_and_gone or self.rejected_and_new
+        return not (self.recipe or self.versions or shards_differ or records_differ)
 
 
 _TITLES = {
