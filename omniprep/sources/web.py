@@ -19,7 +19,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
 
@@ -262,18 +262,22 @@ def _get(connection: http.client.HTTPConnection, address: Address, max_bytes: in
     query = f"?{quote(address.query, safe=_URL_MARKS)}" if address.query else ""
     target = quote(address.path or "/", safe=_URL_MARKS) + query
     connection.request("GET", target, headers={"User-Agent": f"omniprep/{__version__}", "Accept": "*/*", "Connection": "close"})
-    answer = connection.getresponse()
-    location = answer.getheader("Location")
-    if answer.status in _REDIRECTS and location:
-        return urljoin(str(address), location)
-    if answer.status in (404, 410):
-        raise MissingError
-    if answer.status != 200:
-        raise StatusError(answer.status, f"{answer.reason:.80}")
+    with closing(connection.getresponse()) as answer:
+        location = answer.getheader("Location")
+        if answer.status in _REDIRECTS and location:
+            return urljoin(str(address), location)
+        if answer.status in (404, 410):
+            raise MissingError
+        if answer.status != 200:
+            raise StatusError(answer.status, f"{answer.reason:.80}")
+        stamp = answer.getheader("ETag") or answer.getheader("Last-Modified") or ""
+        return _body(answer, max_bytes), stamp[:200]
+
+
+def _body(answer: http.client.HTTPResponse, max_bytes: int) -> bytes:
     data = bytearray()
     while len(data) <= max_bytes and (block := answer.read(min(1 << 18, max_bytes + 1 - len(data)))):
         data += block
     if answer.length and len(data) <= max_bytes:
         raise ConnectionError(f"the answer ends after {len(data)} of {len(data) + answer.length} bytes")
-    stamp = answer.getheader("ETag") or answer.getheader("Last-Modified") or ""
-    return bytes(data), stamp[:200]
+    return bytes(data)
