@@ -18,6 +18,8 @@ class Reason(StrEnum):
 
     SCHEMA_INVALID = "schema_invalid"
     """The row is not valid JSON or does not fit the record schema."""
+    RECORD_TOO_LARGE = "record_too_large"
+    """More messages, parts or media than one record may have."""
     ROLE_UNKNOWN = "role_unknown"
     PLACEHOLDER_MISMATCH = "placeholder_mismatch"
     """The number of `<image>`, `<video>`, `<audio>` marks differs from the number of media given."""
@@ -58,6 +60,17 @@ class Reason(StrEnum):
     """`rope_mode: reference` was asked for an input that the reference cannot process."""
 
 
+def printable(text: str) -> str:
+    r"""Return text as one line in which nothing is left to act on a terminal: escapes, line ends, marks that turn the direction.
+
+    >>> print(printable("图片.png" + chr(27) + "[2J"))
+    图片.png\x1b[2J
+    """
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
+
+
 class OmniPrepError(Exception):
     """Base of every error that OmniPrep raises on purpose."""
 
@@ -73,11 +86,12 @@ class DatasetError(OmniPrepError):
 class RejectSample(OmniPrepError):
     """One record cannot be used.
 
-    `detail` is one line for a person: where, what was expected, what came, what to do. `retryable` marks causes
-    outside the record (a network error), which a later run may not meet.
+    `detail` is one line for a person: where, what was expected, what came, what to do. What it quotes cannot steer a
+    terminal: see `printable`. `retryable` marks causes outside the record (a network error), which a later run may not meet.
     """
 
     def __init__(self, reason: Reason, detail: str, *, retryable: bool = False) -> None:
+        detail = printable(detail)
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail

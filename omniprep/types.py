@@ -7,6 +7,7 @@ Record (records.py) ─ decode ─> EncodedAudio, EncodedVision ─ lay out ─>
 Times are seconds, intervals half-open, T is the number of tokens of a sequence.
 """
 
+import os
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -33,6 +34,10 @@ class MediaFile:
     """What the record called it, for messages and provenance."""
     path: Path | None = None
     data: bytes | None = None
+    stamp: str = ""
+    """What changes when the content does, and is cheap to ask for: a file's mtime in nanoseconds, a URL's ETag; "" if unknown."""
+    sha256: str = ""
+    """Hex digest of the content, "" where nobody asked for it."""
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.data is None):
@@ -41,8 +46,10 @@ class MediaFile:
             )
 
     def open(self) -> BinaryIO:
-        """Open for reading; the caller closes."""
-        return self.path.open("rb") if self.path is not None else BytesIO(self.data or b"")
+        """Open for reading; the caller closes. A pipe that was put in the file's place is empty rather than waited for."""
+        if self.path is None:
+            return BytesIO(self.data or b"")
+        return open(self.path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: PTH123
 
     @property
     def num_bytes(self) -> int:

@@ -21,7 +21,6 @@ LAYERS = {
             "probe",
             "guarded_rows",
             "partition_size",
-            "diff",
             "recipe",
             "receipts",
             "schema",
@@ -31,7 +30,7 @@ LAYERS = {
         ),
         5,
     ),
-    **dict.fromkeys(("reference", "encode_files", "inspect", "audit", "train"), 5),
+    **dict.fromkeys(("reference", "encode_files", "inspect", "audit", "train", "diff", "quarantine_report"), 5),
     **dict.fromkeys(("cli", "__main__"), 6),
 }
 ONLY_IN = {"ray": {"run/ray.py"}, "torch": {"train/", "features/", "media/", "reference.py", "verify_reference.py"}}

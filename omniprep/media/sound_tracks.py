@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from omniprep.errors import Reason, RejectSample
+from omniprep.media.arrays import load_array
 from omniprep.media.containers import SAFE_DEMUXERS, audio_opener, is_whole_mpeg_audio, num_missing_bytes
 from omniprep.profile import ModelProfile
 from omniprep.types import Float32Array, MediaFile
@@ -201,6 +202,8 @@ def _pyav_track(container: Any, name: str) -> SoundTrack:
     for other in container.streams:
         if other is not stream:
             other.discard = av.stream.Discard.all  # pictures are not even read where the format allows it
+    if stream.codec_context is None:
+        raise RejectSample(Reason.MEDIA_CORRUPT, f"{name}: no decoder for its sound; convert it, for example to FLAC")
     rate, num_channels = int(stream.codec_context.sample_rate or 0), int(stream.codec_context.channels or 0)
     if not rate or not num_channels:
         raise RejectSample(Reason.MEDIA_CORRUPT, f"{name}: {stream.codec_context.name} stream without sample rate or channels")
@@ -354,16 +357,7 @@ def _float_mono(block: list[npt.NDArray[Any]]) -> Float32Array:
 
 def _npy_track(media: MediaFile, profile: ModelProfile) -> SoundTrack:
     """A `.npy` holds (N,) samples at the model's rate, as the reference takes arrays: float, or int16 of full scale 32768."""
-    try:
-        if media.path is not None:
-            array = np.load(media.path, mmap_mode="r", allow_pickle=False)
-        else:
-            array = np.load(media.open(), allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        reason = (
-            Reason.MEDIA_TRUNCATED if any(sign in str(error) for sign in ("mmap length", "array data")) else Reason.MEDIA_CORRUPT
-        )
-        raise RejectSample(reason, f"{media.name}: not a readable .npy: {_one_line(error)}") from None
+    array = load_array(media)
     if array.ndim != 1 or array.dtype not in (np.float32, np.float64, np.int16):
         raise RejectSample(
             Reason.MEDIA_CORRUPT,

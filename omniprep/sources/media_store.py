@@ -2,8 +2,12 @@
 
 A record's text is not trusted with the file system. A local path is used only if, with every link and `..` resolved, it
 lies in a declared root: the folder of the record's own file (or the source's `media_root`) and `MediaConfig.roots`. A
-URL is used only if a root or `allow_urls` covers it. What is not a regular file is refused unopened, so a named pipe
-cannot hang a worker.
+URL is used only if a root or `allow_urls` covers it (`web.py` says how). What is not a regular file is refused unopened, so
+a named pipe cannot hang a worker.
+
+A file is opened once to see that it is the one that was judged (no link was put in its way meanwhile) and then handed on as a
+path, because the decoders take paths. Whoever may write in a media root while a build runs can therefore still exchange a
+file under a decoder; roots are to be writable only by those who are trusted.
 """
 
 import base64
@@ -14,17 +18,19 @@ import stat
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from omniprep.config import Config
-from omniprep.errors import Reason, RejectSample
+from omniprep.errors import OmniPrepError, Reason, RejectSample
 from omniprep.records import MediaBlob
+from omniprep.sources import web
 from omniprep.sources.files import is_url, one_line
 from omniprep.types import MediaFile
 
+_MAX_PATH_CHARACTERS = 4096
+"""Longer ones no system opens; resolving one of a million steps would take minutes."""
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]+):")
 
 
@@ -34,11 +40,24 @@ class MediaConfig(Config):
     roots: tuple[str, ...] = ()
     """Folders or URLs under which media may lie, besides the folder of each data file."""
     allow_urls: tuple[str, ...] = ()
-    """Schemes ("s3", "https") or beginnings of URLs ("https://example.org/") that records may name anywhere."""
+    """Schemes ("s3", "https") or beginnings of URLs ("https://example.org/") that records may name anywhere. A scheme is broad:
+    records may name any address of it (of http(s) only public ones), while a beginning opens just that host, wherever it is."""
     max_bytes: int = Field(default=2 << 30, gt=0)
     """Largest medium that is held in memory: fetched from a URL, or in a `data:` URI."""
     timeout_s: float = Field(default=60.0, gt=0)
-    """For a fetch over http(s): connection, and each read."""
+    """For a fetch: connection, and each moment in which nothing arrives."""
+    max_fetch_s: float = Field(default=600.0, gt=0)
+    """For a whole fetch over http(s), however busy it looks."""
+
+    @field_validator("roots", "allow_urls")
+    @classmethod
+    def _urls_are_urls(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for given in value:
+            try:
+                web.Rules([given] if is_url(given) else [])
+            except web.ForbiddenError as error:
+                raise ValueError(f"{given!r}: {error}") from None
+        return value
 
 
 class MediaStore:
@@ -48,7 +67,7 @@ class MediaStore:
         given = (*config.roots, *roots)
         self._config = config
         self._roots = tuple(_real(root) for root in given if not is_url(root))
-        self._url_roots = tuple(root.rstrip("/") + "/" for root in given if is_url(root))
+        self._url_rules = (*config.allow_urls, *(root for root in given if is_url(root)))
 
     def resolve(self, ref: str | MediaBlob, *, base: str) -> MediaFile:
         """Return the file or the bytes that `ref` means. `base` is the source's folder or URL, itself a root.
@@ -78,6 +97,8 @@ class MediaStore:
     def _local(self, path: str, *, name: str, base: str) -> MediaFile:
         if "\0" in path or not path:
             raise RejectSample(Reason.MEDIA_FORBIDDEN, f"{name!a:.200}: not a path")
+        if len(path) > _MAX_PATH_CHARACTERS:
+            raise RejectSample(Reason.MEDIA_UNREADABLE, f"{name:.100}...: a path of {len(path)} characters")
         roots = self._roots if is_url(base) else (_real(base), *self._roots)
         joined = os.path.join(base, os.path.expanduser(path) if path.startswith("~/") else path)  # noqa: PTH111, PTH118
         try:
@@ -90,65 +111,42 @@ class MediaStore:
                     f"{name:.200}: {_where(joined, real)} outside the media roots ({', '.join(roots)}); "
                     "add its folder to `media.roots` if it may be read",
                 )
-            status = os.stat(real)  # noqa: PTH116
+            status = _status_of_judged(real, name)
         except FileNotFoundError:
             if (scheme := _SCHEME.match(path)) is not None:
                 raise RejectSample(
                     Reason.MEDIA_FORBIDDEN, f"{name:.200}: no such file, and `{scheme.group(1)}:` is not a scheme for media"
                 ) from None
             raise RejectSample(Reason.MEDIA_MISSING, f"{name:.200}: no such file (looked in {base})") from None
+        except PermissionError:
+            raise RejectSample(Reason.MEDIA_UNREADABLE, f"{name:.200}: no permission to read it") from None
         except (OSError, ValueError) as error:
             raise RejectSample(Reason.MEDIA_UNREADABLE, f"{name:.200}: {one_line(error):.200}") from None
-        if not stat.S_ISREG(status.st_mode):
-            raise RejectSample(Reason.MEDIA_UNREADABLE, f"{name:.200}: expected a file, got {_kind_of(status.st_mode)}")
         if status.st_size == 0:
             raise RejectSample(Reason.MEDIA_EMPTY, f"{name:.200}: the file has 0 bytes")
-        if not os.access(real, os.R_OK):
-            raise RejectSample(Reason.MEDIA_UNREADABLE, f"{name:.200}: no permission to read it")
-        return MediaFile(name=name, path=Path(real))
+        return MediaFile(name=name, path=Path(real), stamp=str(status.st_mtime_ns))
 
     def _remote(self, url: str, *, name: str, base: str) -> MediaFile:
-        roots = (*self._url_roots, base.rstrip("/") + "/") if is_url(base) else self._url_roots
-        if "::" in url or "\0" in url or ".." in unquote(urlsplit(url).path).split("/"):
-            raise RejectSample(Reason.MEDIA_FORBIDDEN, f"{name:.200}: `..` and chained URLs (`::`) are not allowed")
-        if not url.startswith(roots) and not self._is_allowed(url):
-            raise RejectSample(
-                Reason.MEDIA_FORBIDDEN,
-                f"{name:.200}: URL not under a media root; add its scheme or address to `media.allow_urls`",
-            )
-        return MediaFile(name=name, data=self._fetch(url, name))
-
-    def _is_allowed(self, url: str) -> bool:
-        scheme = urlsplit(url).scheme.lower()
-        return any(
-            allowed.lower() == scheme or (is_url(allowed) and _covers(allowed, url)) for allowed in self._config.allow_urls
-        )
-
-    def _fetch(self, url: str, name: str) -> bytes:
-        import fsspec
-
-        limit = self._config.max_bytes
-        options: dict[str, Any] = {}
-        if urlsplit(url).scheme in ("http", "https"):
-            import aiohttp
-
-            seconds = self._config.timeout_s
-            options = {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, connect=seconds, sock_read=seconds)}}
+        rules = _rules((*self._url_rules, base) if is_url(base) else self._url_rules)
         try:
-            with fsspec.open(url, "rb", **options) as handle:
-                data: bytes = handle.read(limit + 1)
-        except FileNotFoundError as error:
-            # fsspec calls every http failure "not found"; its cause tells a missing file from a network that is down.
-            if error.__cause__ is None or getattr(error.__cause__, "status", None) in (404, 410):
-                raise RejectSample(Reason.MEDIA_MISSING, f"{name:.200}: not found") from None
-            raise RejectSample(
-                Reason.MEDIA_UNREADABLE, f"{name:.200}: {one_line(error.__cause__):.200}", retryable=True
-            ) from None
+            data, stamp = self._fetch(url, rules.judge(url), rules)
+        except web.ForbiddenError as error:
+            raise RejectSample(Reason.MEDIA_FORBIDDEN, f"{name:.200}: {error}") from None
+        except (web.MissingError, FileNotFoundError):
+            raise RejectSample(Reason.MEDIA_MISSING, f"{name:.200}: not found") from None
         except (ImportError, ValueError) as error:  # no such protocol, or its package is not installed
             raise RejectSample(Reason.MEDIA_UNREADABLE, f"{name:.200}: {one_line(error):.200}") from None
-        except Exception as error:  # each fsspec backend has its own
+        except (OSError, OmniPrepError, web.StatusError, web.UnreadableError) as error:
             raise RejectSample(Reason.MEDIA_UNREADABLE, f"{name:.200}: {one_line(error):.200}", retryable=True) from None
-        return _checked(data, name, limit)
+        return MediaFile(name=name, data=_checked(data, name, self._config.max_bytes), stamp=stamp)
+
+    def _fetch(self, url: str, address: web.Address, rules: web.Rules) -> tuple[bytes, str]:
+        config = self._config
+        if address.scheme in ("http", "https"):
+            return web.fetch(url, rules, max_bytes=config.max_bytes, timeout_s=config.timeout_s, max_fetch_s=config.max_fetch_s)
+        from omniprep.storage.remote import read_url
+
+        return read_url(url, max_bytes=config.max_bytes, timeout_s=config.timeout_s)
 
     def _from_data_uri(self, uri: str) -> MediaFile:
         head, comma, body = uri.partition(",")
@@ -178,17 +176,39 @@ def _real(folder: str) -> str:
     return os.path.realpath(os.path.expanduser(folder))  # noqa: PTH111
 
 
-def _covers(allowed: str, url: str) -> bool:
-    """Return whether `allowed` is the beginning of `url`, ending where a path component ends.
+@lru_cache(maxsize=256)
+def _rules(allowed: tuple[str, ...]) -> web.Rules:
+    return web.Rules(allowed)
 
-    >>> _covers("https://a.org", "https://a.org/x.png"), _covers("https://a.org", "https://a.org.evil/x.png")
-    (True, False)
+
+def _status_of_judged(real: str, name: str) -> os.stat_result:
+    """Return the status of a regular file, having opened it: it can be read, and is what `real` was when it was judged.
+
+    The path is looked at before it is opened, since opening a device can do things; opening then neither waits (a pipe) nor
+    follows a link.
     """
-    return url == allowed or url.startswith(allowed.rstrip("/") + "/")
+    _check_regular(os.lstat(real), name)
+    handle = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        status = os.fstat(handle)
+        _check_regular(status, name)
+        if os.path.realpath(real) != real:
+            raise RejectSample(Reason.MEDIA_FORBIDDEN, f"{name:.200}: its path was changed while it was looked at")
+    finally:
+        os.close(handle)
+    return status
+
+
+def _check_regular(status: os.stat_result, name: str) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise RejectSample(Reason.MEDIA_UNREADABLE, f"{name:.200}: expected a file, got {_kind_of(status.st_mode)}")
 
 
 def _path_of_file_url(url: str) -> str:
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise RejectSample(Reason.MEDIA_FORBIDDEN, f"{url:.200}: not a URL: {one_line(error)}") from None
     if parts.netloc not in ("", "localhost"):
         raise RejectSample(Reason.MEDIA_FORBIDDEN, f"{url:.200}: a file on another host")
     return unquote(parts.path)

@@ -6,7 +6,7 @@ import hashlib
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -61,8 +61,8 @@ class LocalFolder:
 
     def files(self, under: str = "") -> dict[str, int]:
         """Return the names and sizes of all complete files below `under`, sorted by name."""
-        found = sorted(path for path in (self.path / under).rglob("*") if path.is_file() and path.suffix != PARTIAL_SUFFIX)
-        return {path.relative_to(self.path).as_posix(): path.stat().st_size for path in found}
+        found = (path for path in (self.path / under).rglob("*") if path.suffix != PARTIAL_SUFFIX and path.is_file())
+        return dict(sorted((path.relative_to(self.path).as_posix(), path.stat().st_size) for path in found))
 
     def write(self, name: str, data: bytes) -> str:
         """Write a whole file, absent or complete, and return its sha256."""
@@ -166,10 +166,8 @@ class LocalWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        try:
+        with suppress(OSError):  # what is still in the buffer does not fit on a full disk, and nobody wants it
             self._file.close()
-        except OSError:  # what is still in the buffer does not fit on a full disk, and nobody wants it
-            pass
         self._partial.unlink(missing_ok=True)
 
 
