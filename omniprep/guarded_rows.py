@@ -7,6 +7,7 @@ from typing import Generic, TypeVar
 
 from omniprep.errors import Reason, RejectSample
 from omniprep.recipe import GuardConfig
+from omniprep.run import metrics
 from omniprep.run.guard import Fault, Guard, GuardLimits
 from omniprep.shards.writer import record_key
 from omniprep.sources.partitions import Row
@@ -43,7 +44,12 @@ class GuardedRows(Generic[Result]):
 
         try:
             for outcome in self._outcomes(tasks()):
-                yield waiting.popleft(), _rejected(outcome) if isinstance(outcome, Fault) else outcome
+                row = waiting.popleft()
+                if isinstance(outcome, Fault):
+                    metrics.count(metrics.GUARD_RESTARTS, kind=outcome.kind)
+                    yield row, _rejected(outcome)
+                else:
+                    yield row, outcome
         except Exception as error:
             if waiting:
                 error.add_note(f"while preparing row {waiting[0].place} of source {source_name!r}")

@@ -12,13 +12,14 @@ receipt is written last, so a partition is finished or it is not.
 import hashlib
 import importlib.metadata
 import json
+import time
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from omniprep import __version__
 from omniprep.encode.media_cache import MediaCache
@@ -31,6 +32,7 @@ from omniprep.profile import QWEN2_5_OMNI, ModelProfile
 from omniprep.receipts import Receipt, read_inputs, read_receipt, receipt_name, write_inputs, write_receipt
 from omniprep.recipe import Recipe
 from omniprep.rng import rng_for
+from omniprep.run import metrics
 from omniprep.shards.manifest import ShardInfo
 from omniprep.shards.quarantine import QUARANTINE_FOLDER, Rejected, read_quarantine, store_blobs, write_quarantine
 from omniprep.shards.writer import PartitionWriter, ShardRecord, partition_stem, record_key, to_record
@@ -59,6 +61,7 @@ LIBRARIES = (
 """Libraries whose version may show in the bytes; the manifest names them."""
 
 Stage = Literal["read", "parse", "encode"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,6 +261,28 @@ class _Written:
     rejected: list[Rejected]
 
 
+class StageClock:
+    """Counts the time that is spent waiting for the next of something, less that of what runs inside it."""
+
+    def __init__(self) -> None:
+        self._inside_s = 0.0
+
+    def spent_in(self, stage: metrics.Stage, items: Iterable[T]) -> Iterator[T]:
+        """Yield the items and count for `stage` what it took to get each."""
+        iterator = iter(items)
+        while True:
+            before_s, start_s = self._inside_s, time.perf_counter()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            finally:
+                took_s = time.perf_counter() - start_s
+                metrics.count(metrics.STAGE_SECONDS, took_s - (self._inside_s - before_s), stage=stage)
+                self._inside_s = before_s + took_s
+            yield item
+
+
 def _write_rows(worker: Worker, job: Job, rows: Iterable[Row], *, first_numbers: Counter[str] | None = None) -> _Written:
     source = worker.source(job)
     digest = hashlib.sha256()
@@ -272,17 +297,23 @@ def _write_rows(worker: Worker, job: Job, rows: Iterable[Row], *, first_numbers:
         max_shard_bytes=worker.recipe.shards.max_shard_bytes,
         first_numbers=first_numbers,
     )
-    with writer as shards, closing(worker.encode_rows(job, rows)) as encoded_rows:
-        for row, encoded in encoded_rows:
+    stages = StageClock()
+    with writer as shards, closing(worker.encode_rows(job, stages.spent_in("read", rows))) as encoded_rows:
+        for row, encoded in stages.spent_in("encode", encoded_rows):
             num_rows += 1
-            digest.update(len(row.raw).to_bytes(8, "little") + row.raw)
             facts |= {(fact.location, fact.name): fact for fact in encoded.media}
-            if encoded.record is not None:
-                shards.add(encoded.record)
-            else:
-                rejection = _rejection(source.name, row, encoded)
-                rejected.append(Rejected(rejection=rejection, blobs=store_blobs(worker.folder, row.blobs)))
-        written = shards.close()
+            with metrics.timed("write"):
+                digest.update(len(row.raw).to_bytes(8, "little") + row.raw)
+                if encoded.record is not None:
+                    shards.add(encoded.record)
+                else:
+                    rejection = _rejection(source.name, row, encoded)
+                    rejected.append(Rejected(rejection=rejection, blobs=store_blobs(worker.folder, row.blobs)))
+                    metrics.count(metrics.REJECTS, source=source.name, reason=rejection.reason)
+            metrics.count(metrics.ROWS, source=source.name, outcome="stored" if encoded.record is not None else "rejected")
+        with metrics.timed("commit"):
+            written = shards.close()
+        metrics.count(metrics.BYTES_WRITTEN, sum(shard.num_bytes for shard in written), source=source.name)
     return _Written(
         num_rows=num_rows, rows_sha256=digest.hexdigest(), media=list(facts.values()), shards=written, rejected=rejected
     )
