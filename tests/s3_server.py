@@ -42,12 +42,14 @@ class Fault:
 
     concerns: Callable[[Request], bool]
     kind: str
-    """`status` (with an S3 error code), `hang` (no answer), `reset` (in the middle of the body), `lost` (done, but not answered), `slow`."""
+    """`status` (with an S3 error code), `hang` (no answer), `lost` (done, not answered), `reset` (in the body's middle), `slow`."""
     status: int = 500
     code: str = "InternalError"
     times: float = 1
     skip: int = 0
     seconds: float = 0.0
+    headers: dict[str, str] = field(default_factory=dict)
+    """Of the answer, for `status`."""
 
     def strikes(self, request: Request) -> bool:
         if self.times <= 0 or not self.concerns(request):
@@ -87,7 +89,7 @@ class S3:
         return [request for request in self.requests if request.method == method and request.key.endswith(key)]
 
     def put(self, key: str, data: bytes) -> None:
-        self.client.put_object(Bucket=self.bucket, Key=key, Body=data)
+        self.client.put_object(Bucket=self.bucket, Key=key, Body=data, ACL="public-read")  # plain HTTP reads it too
 
     def get(self, key: str) -> bytes:
         return bytes(self.client.get_object(Bucket=self.bucket, Key=key)["Body"].read())
@@ -130,7 +132,7 @@ class _Handler(BaseHTTPRequestHandler):
             case "status":
                 assert fault is not None
                 text = f"<Error><Code>{fault.code}</Code><Message>injected</Message></Error>".encode()
-                self._send(request, fault.status, {"Content-Type": "application/xml"}, text)
+                self._send(request, fault.status, {"Content-Type": "application/xml", **fault.headers}, text)
             case "lost":
                 self._forward(body)
                 self._reset()
@@ -179,8 +181,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data[:cut])
             request.num_bytes_out = len(data[:cut])
+            self.wfile.write(data[:cut])
         self.wfile.flush()
 
     def _reset(self) -> None:

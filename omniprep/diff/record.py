@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from omniprep.errors import DatasetError
+from omniprep.errors import DatasetError, printable
 from omniprep.profile import IGNORE_INDEX
 from omniprep.receipts import differences
 from omniprep.shards.manifest import Manifest, Stored
@@ -158,15 +158,6 @@ def describe_record(found: RecordDiff) -> str:
         if rows:
             lines += ["", title, *(f"  {row}" for row in rows)]
     return "\n".join(map(printable, lines))
-
-
-def printable(text: str) -> str:
-    """Return a line as a terminal may show it: what it would obey, in a record's text or name, is written out.
-
-    >>> printable("a\x1b[31mb\tc")
-    'a\\x1b[31mb\tc'
-    """
-    return "".join(char if char.isprintable() or char == "\t" else ascii(char)[1:-1] for char in text)
 
 
 def _state(found: StoredRecord | Rejection | None) -> str:

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator
 
 from pydantic import Field, computed_field
 
-from omniprep.diff.record import Part, printable
+from omniprep.diff.record import Part
 from omniprep.diff.rows import Match
+from omniprep.errors import printable
 from omniprep.shards.manifest import Stored, Totals
 
 _MAX_LINES = 20

@@ -7,8 +7,9 @@ from omniprep.encode.media_items import MediaEncoder, MediaSettings, OpenVideo, 
 from omniprep.errors import Reason, RejectSample
 from omniprep.media.audio import probe_audio
 from omniprep.media.image import image_size, probe_image
+from omniprep.media.ready_frames import probe_ready_frames
 from omniprep.media.sound_tracks import AudioInfo
-from omniprep.media.video_probe import probe_video
+from omniprep.media.video_probe import VideoInfo, probe_video
 from omniprep.profile import ModelProfile
 from omniprep.records import AudioPart, ImagePart, MediaPart, VideoPart
 from omniprep.types import MediaFile
@@ -93,9 +94,9 @@ def _vision(grid_thw: tuple[int, int, int], num_frames: int, *, settings: MediaS
 def _video(part: VideoPart, resolve: Resolve, encoder: MediaEncoder, *, max_tokens: int | None) -> Estimate:
     settings, profile = encoder.settings, encoder.profile
     files: tuple[MediaFile, ...] = tuple(resolve(ref) for ref in (part.video if isinstance(part.video, tuple) else (part.video,)))
-    info = None if part.frames_ready else probe_video(files[0])
+    info = probe_ready_frames(files) if part.frames_ready else probe_video(files[0])
     with closing(OpenVideo(part=part, files=files, info=info, track=None)) as video:
-        has_audio = info is not None and info.has_audio
+        has_audio = isinstance(info, VideoInfo) and info.has_audio
         check_track_is_there(part, files[0], has_audio=has_audio)
         sound = resolve(part.audio_track) if part.audio_track is not None else files[0] if has_audio else None
         track = Estimate()

@@ -15,6 +15,7 @@ from typing import Literal
 from pydantic import Field
 
 from omniprep.encode.estimate import Estimate, estimate_media, estimate_text
+from omniprep.encode.media_cache import MediaCache
 from omniprep.encode.media_items import ComputeMel, MediaEncoder, MediaSettings, OpenVideo, Resolve
 from omniprep.errors import Reason, RejectSample
 from omniprep.profile import QWEN2_5_OMNI, ModelProfile
@@ -53,12 +54,17 @@ class ThinkerEncoder:
     """Encodes records. Holds what is built once: tokenizer and template."""
 
     def __init__(
-        self, config: EncodeConfig, profile: ModelProfile = QWEN2_5_OMNI, *, compute_mel: ComputeMel | None = None
+        self,
+        config: EncodeConfig,
+        profile: ModelProfile = QWEN2_5_OMNI,
+        *,
+        compute_mel: ComputeMel | None = None,
+        cache: MediaCache | None = None,
     ) -> None:
-        """`compute_mel` replaces the mel backend that `config.audio` names."""
+        """`compute_mel` replaces the mel backend that `config.audio` names; `cache` keeps encoded media for the next build."""
         self.config = config
         self.profile = profile
-        self.media = MediaEncoder(config, profile, compute_mel)
+        self.media = MediaEncoder(config, profile, compute_mel, cache)
         self.tokenizer = load_tokenizer(config.tokenizer)
         self.template = ChatTemplate(config.template, profile)
 

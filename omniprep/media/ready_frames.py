@@ -1,47 +1,68 @@
 """Videos that come as frames made ready: a list of image files, or one `.npy` of uint8 (n, H, W, 3), memory-mapped."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from omniprep.errors import Reason, RejectSample
+from omniprep.media.arrays import NPY_MAGIC, load_array
 from omniprep.media.image import load_rgb, probe_image
-from omniprep.media.resize import require_exact_resize, resize_frame
+from omniprep.media.resize import require_exact_resize
 from omniprep.media.sampling import video_size
-from omniprep.media.video import VideoConfig, VideoPlan, request_of
+from omniprep.media.video import VideoConfig, VideoFrames, VideoPlan, request_of, resized
 from omniprep.profile import QWEN2_5_OMNI, ModelProfile
 from omniprep.records import VideoPart
 from omniprep.types import MediaFile, Uint8Array
 
-_NPY_MAGIC = b"\x93NUMPY"
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReadyFrames:
+    """What the headers of frames made ready say."""
+
+    num_frames: int
+    height: int
+    width: int
+    decoder: Literal["images", "npy"]
+
+
+def probe_ready_frames(files: Sequence[MediaFile]) -> ReadyFrames:
+    """Return how many frames there are and their size, without decoding one.
+
+    Raises `RejectSample`: `MEDIA_CORRUPT`, `MEDIA_EMPTY`, ... as `probe_image` does.
+    """
+    if not files:
+        raise RejectSample(Reason.MEDIA_EMPTY, "expected at least one frame, got an empty list")
+    if _is_array(files):
+        num_frames, height, width = _map_array(files[0]).shape[:3]
+        return ReadyFrames(num_frames=num_frames, height=height, width=width, decoder="npy")
+    sizes = [(info.height, info.width) for info in map(probe_image, files)]
+    for file, size in zip(files, sizes, strict=True):
+        if size != sizes[0]:
+            raise RejectSample(
+                Reason.MEDIA_CORRUPT,
+                f"{file.name}: expected {sizes[0][1]}x{sizes[0][0]} as the first frame has, got {size[1]}x{size[0]}; "
+                "frames of one video have one size",
+            )
+    return ReadyFrames(num_frames=len(files), height=sizes[0][0], width=sizes[0][1], decoder="images")
 
 
 def plan_ready_frames(
-    files: Sequence[MediaFile], part: VideoPart, config: VideoConfig, profile: ModelProfile = QWEN2_5_OMNI
+    media: MediaFile, ready: ReadyFrames, part: VideoPart, config: VideoConfig, profile: ModelProfile = QWEN2_5_OMNI
 ) -> VideoPlan:
     """Plan a video of frames made ready: all of them, `part.sample_fps` (default: the profile's rate) apart, from time 0.
 
     The size follows the rule of video files; it counts the repeated frame that an odd number is completed with, as the
-    reference does, but that frame is not stored. Raises `RejectSample` (`MEDIA_CORRUPT`, `MEDIA_EMPTY`, `MEDIA_RANGE`, ...).
+    reference does, but that frame is not stored. `media` is the first file, for messages. Raises `RejectSample`
+    (`MEDIA_RANGE`, `IMAGE_ASPECT`).
     """
     if config.resize == "exact":
         require_exact_resize()
-    _reject_keys_for_files(part, files)
-    is_array = _is_array(files)
-    if is_array:
-        num_frames, height, width = _map_array(files[0]).shape[:3]
-    else:
-        sizes = [(info.height, info.width) for info in map(probe_image, files)]
-        num_frames, (height, width) = len(files), sizes[0]
-        for file, size in zip(files, sizes, strict=True):
-            if size != sizes[0]:
-                raise RejectSample(
-                    Reason.MEDIA_CORRUPT,
-                    f"{file.name}: expected {sizes[0][1]}x{sizes[0][0]} as the first frame has, got {size[1]}x{size[0]}; "
-                    "frames of one video have one size",
-                )
+    _reject_keys_for_files(part, media)
+    num_frames = ready.num_frames
     padded = -(-num_frames // profile.temporal_patch_size) * profile.temporal_patch_size
-    new_height, new_width = video_size(height, width, padded, request_of(part, config, profile), profile)
+    new_height, new_width = video_size(ready.height, ready.width, padded, request_of(part, config, profile), profile)
     sample_fps = part.sample_fps or profile.video_fps
     return VideoPlan(
         indices=tuple(range(num_frames)),
@@ -52,29 +73,25 @@ def plan_ready_frames(
         sample_fps=sample_fps,
         source_fps=sample_fps,
         num_source_frames=num_frames,
-        decoder="npy" if is_array else "images",
     )
 
 
-def read_ready_frames(files: Sequence[MediaFile], plan: VideoPlan, config: VideoConfig) -> Iterator[Uint8Array]:
-    """Yield the frames in order, resized, (height, width, 3) uint8; one at a time in memory."""
-    if plan.decoder == "npy":
+def read_ready_frames(files: Sequence[MediaFile], ready: ReadyFrames, plan: VideoPlan, config: VideoConfig) -> VideoFrames:
+    """Return the frames in order, resized."""
+    if ready.decoder == "npy":
         # Mapped anew for each frame: pages of a long mapping that were read once would stay in memory.
         frames: Iterator[Uint8Array] = (np.array(_map_array(files[0])[index]) for index in plan.indices)
     else:
         frames = (load_rgb(file) for file in files)
-    for frame in frames:
-        yield resize_frame(frame, height=plan.height, width=plan.width, mode=config.resize, kind="video")
+    return VideoFrames(ready.decoder, resized(frames, plan, config))
 
 
-def _reject_keys_for_files(part: VideoPart, files: Sequence[MediaFile]) -> None:
-    if not files:
-        raise RejectSample(Reason.MEDIA_EMPTY, "expected at least one frame, got an empty list")
+def _reject_keys_for_files(part: VideoPart, media: MediaFile) -> None:
     given = [key for key in ("video_start", "video_end", "fps", "nframes") if getattr(part, key) is not None]
     if given:
         raise RejectSample(
             Reason.MEDIA_RANGE,
-            f"{files[0].name}: {', '.join(given)} choose frames of a video file; frames made ready are all used, drop the key",
+            f"{media.name}: {', '.join(given)} choose frames of a video file; frames made ready are all used, drop the key",
         )
 
 
@@ -83,23 +100,14 @@ def _is_array(files: Sequence[MediaFile]) -> bool:
         return False
     try:
         with files[0].open() as file:
-            return file.read(len(_NPY_MAGIC)) == _NPY_MAGIC
+            return file.read(len(NPY_MAGIC)) == NPY_MAGIC
     except OSError:
         return False  # probing the image says what is wrong with the file
 
 
 def _map_array(file: MediaFile) -> Uint8Array:
     """Return the array of a `.npy` file without reading it whole; checks shape, dtype and length."""
-    try:
-        if file.path is not None:
-            array = np.load(file.path, mmap_mode="r", allow_pickle=False)
-        else:
-            with file.open() as stream:
-                array = np.load(stream, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise RejectSample(
-            Reason.MEDIA_TRUNCATED, f"{file.name}: the array cannot be read: {' '.join(str(error).split())}"
-        ) from None
+    array = load_array(file)
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
         raise RejectSample(
             Reason.MEDIA_CORRUPT, f"{file.name}: expected uint8 (n, H, W, 3), got {array.dtype} {array.shape}; convert it"

@@ -1,8 +1,10 @@
 """Videos: probe, plan which frames at which size, read them resized one by one.
 
 ```
-probe_video ──> VideoInfo ──plan_video──> VideoPlan (indices, true times, size, decoder) ──read_frames──> frames
+probe_video ──> VideoInfo ──plan_video──> VideoPlan (indices, true times, size) ──read_frames──> decoder, frames
 ```
+
+A plan is arithmetic on the facts of a file: no decoder is opened for it, and facts that were stored do as well as fresh ones.
 
 `decoder: auto` takes decord, and PyAV where decord cannot do what is asked:
 
@@ -17,7 +19,7 @@ equal bit for bit for 8-bit H.264, HEVC and VP9 (full and limited range, BT.601 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pydantic import Field
@@ -34,7 +36,17 @@ from omniprep.profile import QWEN2_5_OMNI, ModelProfile
 from omniprep.records import VideoPart
 from omniprep.types import Int64Array, MediaFile, ResizeMode, Uint8Array, VideoTiming
 
-__all__ = ["FrameRequest", "VideoConfig", "VideoInfo", "VideoPlan", "plan_video", "probe_video", "read_frames", "request_of"]
+__all__ = [
+    "FrameRequest",
+    "VideoConfig",
+    "VideoFrames",
+    "VideoInfo",
+    "VideoPlan",
+    "plan_video",
+    "probe_video",
+    "read_frames",
+    "request_of",
+]
 
 
 class VideoConfig(Config):
@@ -75,23 +87,31 @@ class VideoPlan:
     sample_fps: float
     source_fps: float
     num_source_frames: int
-    decoder: str
-    """"decord", "pyav", "images" or "npy"."""
     info: VideoInfo | None = None
-    reader: Any = field(default=None, repr=False)
-    """The decord reader, opened to learn whether decord takes the file; `read_frames` goes on with it."""
+    """None for frames made ready."""
 
     @property
     def timing(self) -> VideoTiming:
-        """Return the timing contract, without sound; whoever adds the sound sets `audio_start_s`."""
+        """Return the timing contract, without sound and decoder; whoever knows them sets `audio_start_s` and `decoder`."""
         return VideoTiming(
             source_fps=self.source_fps,
             num_source_frames=self.num_source_frames,
             frame_indices=self.indices,
             frame_times_s=self.times_s,
             sample_fps=self.sample_fps,
-            decoder=self.decoder,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class VideoFrames:
+    """The planned frames of a video, to be gone through once: (height, width, 3) uint8, resized, one in memory at a time."""
+
+    decoder: str
+    """"decord", "pyav", "images" or "npy"."""
+    frames: Iterator[Uint8Array]
+
+    def __iter__(self) -> Iterator[Uint8Array]:
+        return self.frames
 
 
 def request_of(part: VideoPart, config: VideoConfig, profile: ModelProfile = QWEN2_5_OMNI) -> FrameRequest:
@@ -131,7 +151,6 @@ def plan_video(
         indices, height, width, clip_frames = _choose(info, part, config, profile, min(limits, default=None))
     except RejectSample as error:
         raise error.at(media.name) from None
-    decoder, reader = _choose_decoder(media, info, config, _size_in_decoder(info, config, height, width), num_kept=len(indices))
     return VideoPlan(
         indices=tuple(indices.tolist()),
         times_s=tuple(info.frame_times_s[indices].tolist()),
@@ -141,9 +160,7 @@ def plan_video(
         sample_fps=len(indices) / clip_frames * info.source_fps,
         source_fps=info.source_fps,
         num_source_frames=info.num_frames,
-        decoder=decoder,
         info=info,
-        reader=reader,
     )
 
 
@@ -164,7 +181,7 @@ def _choose(
                 "video.frames: `budget` needs a number of tokens; set `video.max_tokens` or the recipe's `max_tokens`"
             )
         asked_fps = part.fps or config.fps or info.source_fps
-        request = _with_fps(request, min(asked_fps, info.source_fps))
+        request = replace(request, fps=min(asked_fps, info.source_fps))
     count = sampling.reference_num_frames(clip_frames, info.source_fps, request, profile)
     count, (height, width) = _fit_tokens(count, info, request, profile, budget)
     if config.frames == "adaptive":
@@ -173,12 +190,6 @@ def _choose(
     else:
         indices = sampling.spread_evenly(first, last, count)
     return indices, height, width, clip_frames
-
-
-def _with_fps(request: FrameRequest, fps: float) -> FrameRequest:
-    from dataclasses import replace
-
-    return replace(request, fps=fps)
 
 
 def _fit_tokens(
@@ -211,8 +222,6 @@ def _fit_tokens(
 
 def _smaller_frames(count: int, budget: int, request: FrameRequest, profile: ModelProfile) -> FrameRequest | None:
     """Return the request with the pixels that the budget leaves each frame, or None if that is below `min_pixels`."""
-    from dataclasses import replace
-
     grids = -(-count // profile.temporal_patch_size)
     max_pixels = budget // grids * profile.resize_factor**2
     if max_pixels < request.min_pixels:
@@ -245,18 +254,27 @@ def _choose_decoder(
     return "pyav", None
 
 
-def read_frames(media: MediaFile, plan: VideoPlan, config: VideoConfig) -> Iterator[Uint8Array]:
-    """Yield the planned frames in order, resized, (height, width, 3) uint8; one source frame in memory at a time.
+def read_frames(media: MediaFile, plan: VideoPlan, config: VideoConfig) -> VideoFrames:
+    """Choose the decoder and return it with the planned frames, in order, resized.
 
-    Raises `RejectSample` (`MEDIA_CORRUPT`) for a frame that cannot be decoded.
+    Raises `RejectSample` (`MEDIA_CORRUPT`) if `config.decoder` cannot take the file, and from the frames for one that
+    cannot be decoded.
     """
-    if plan.info is None:
+    info = plan.info
+    if info is None:
         raise ValueError(f"{media.name}: a plan of frames made ready; read it with read_ready_frames")
-    if plan.reader is not None:
-        frames = read_decord(plan.reader, media, plan.indices)
+    size = _size_in_decoder(info, config, plan.height, plan.width)
+    decoder, reader = _choose_decoder(media, info, config, size, num_kept=len(plan.indices))
+    if reader is not None:
+        frames = read_decord(reader, media, plan.indices)
     elif config.resize == "fast":
-        frames = read_pyav(media, plan.info, plan.indices, size=(plan.height, plan.width))
+        frames = read_pyav(media, info, plan.indices, size=(plan.height, plan.width))
     else:
-        frames = read_pyav(media, plan.info, plan.indices)
+        frames = read_pyav(media, info, plan.indices)
+    return VideoFrames(decoder, resized(frames, plan, config))
+
+
+def resized(frames: Iterator[Uint8Array], plan: VideoPlan, config: VideoConfig) -> Iterator[Uint8Array]:
+    """Yield frames at the planned size."""
     for frame in frames:
         yield resize_frame(frame, height=plan.height, width=plan.width, mode=config.resize, kind="video")

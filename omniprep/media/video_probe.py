@@ -6,6 +6,7 @@ start time: the same line that `media/audio.py` puts sound on. Frames that an ed
 """
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ _DECORD_PIXELS = ("yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj
 _MAX_PACKETS_TO_FIRST_FRAME = 300
 _MAX_MOVIE_BOX = 64 << 20
 _MIN_SHARE_STAMPED = 0.9
+_DURATION_TAG = re.compile(r"(\d{1,6}):(\d{1,2}):(\d{1,2}(?:\.\d{1,12})?)$", re.ASCII)
 _UNSTAMPED = np.iinfo(np.int64).min
 _SEEKABLE_FORMATS = ("mov", "matroska", "avi")
 
@@ -59,8 +61,11 @@ class VideoInfo:
     pixel_format: str
     decord_problem: str
     """Why decord is not right for this file, or an empty string."""
+    seekable: bool
+    """The container finds key frames by their time."""
     opened: tuple[Any, Any] | None = field(default=None, repr=False)
-    """(container, stream) of PyAV, still open, so that reading the frames need not analyse the file again."""
+    """(container, stream) of PyAV, still open, so that reading the frames need not analyse the file again. None where that
+    cannot be done, and where the facts come from a cache."""
 
 
 def probe_video(media: MediaFile) -> VideoInfo:
@@ -304,6 +309,7 @@ def _describe(media: MediaFile, container: Any, stream: Any, *, packets: _Packet
     width, height = stream.codec_context.width, stream.codec_context.height
     if rotation in (90, 270):
         width, height = height, width
+    seekable = container.format.name.split(",")[0] in _SEEKABLE_FORMATS
     constant = bool(np.all(np.abs(times_s - np.arange(num_frames) / fps) < 0.5 / fps))
     return VideoInfo(
         width=width,
@@ -322,7 +328,8 @@ def _describe(media: MediaFile, container: Any, stream: Any, *, packets: _Packet
         codec=stream.codec_context.name,
         pixel_format=pixel_format,
         decord_problem=_decord_problem(container, stream, packets, pixel_format),
-        opened=(container, stream) if container.format.name.split(",")[0] in _SEEKABLE_FORMATS else None,
+        seekable=seekable,
+        opened=(container, stream) if seekable else None,
     )
 
 
@@ -366,9 +373,9 @@ def _index_ends_behind_file(stream: Any, media: MediaFile) -> bool:
 def _stated_end_s(container: Any, stream: Any) -> float | None:
     """Return when the video ends according to the header, in seconds, if the header speaks of the video."""
     tag = stream.metadata.get("DURATION")
-    if tag:
-        hours, minutes, seconds = (float(part) for part in tag.split(":"))
-        stated = 3600 * hours + 60 * minutes + seconds
+    match = _DURATION_TAG.match(tag or "")
+    if match:
+        stated = 3600 * int(match[1]) + 60 * int(match[2]) + float(match[3])
         return float(stated - (container.start_time or 0) / 1e6)
     if container.duration and len(container.streams) == 1:
         return float(container.duration) / 1e6 - (container.start_time or 0) / 1e6

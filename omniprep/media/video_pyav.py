@@ -6,6 +6,7 @@ film, 10 of 132 frames kept: 189 ms instead of 244 ms, decord 265 ms; all three 
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -61,16 +62,19 @@ def _to_rgb(frame: Any, rotation: int, size: tuple[int, int] | None) -> Uint8Arr
 
 def _chosen_frames(media: MediaFile, info: VideoInfo, indices: Sequence[int], *, thrifty: bool) -> Iterator[tuple[int, Any]]:
     """Yield (index, decoded frame) for each different index."""
-    if not thrifty or info.opened is None or info.frame_pts is None:
-        container, stream = open_video(media)
-    else:
-        container, stream = info.opened
-        container.seek(int(info.frame_pts[0]), stream=stream)
-    runs = _runs(info, indices) if thrifty and info.opened is not None and info.frame_pts is not None else [(0, list(indices))]
-    for key, wanted in runs:
-        if key and info.frame_pts is not None:
-            container.seek(int(info.frame_pts[key]), stream=stream)
-        yield from _decode_run(container, stream, info, sorted(set(wanted)), thrifty=thrifty)
+    stamps = info.frame_pts if thrifty and info.seekable else None
+    with ExitStack() as files:
+        if stamps is not None and info.opened is not None:
+            container, stream = info.opened
+            container.seek(int(stamps[0]), stream=stream)
+        else:
+            container, stream = open_video(media)
+            files.callback(container.close)
+        runs = _runs(info, indices) if stamps is not None else [(0, list(indices))]
+        for key, wanted in runs:
+            if key and stamps is not None:
+                container.seek(int(stamps[key]), stream=stream)
+            yield from _decode_run(container, stream, info, sorted(set(wanted)), thrifty=thrifty)
 
 
 def _runs(info: VideoInfo, indices: Sequence[int]) -> list[tuple[int, list[int]]]:

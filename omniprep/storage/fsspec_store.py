@@ -77,11 +77,9 @@ class FsspecStore:
     def put_if(self, path: str, data: bytes, version: str | None) -> None:
         """Write a file if it is still of `version`. Raises `Conflict`.
 
-        That nothing lies there yet is checked by the store (Google, Azure and others know the mode "create"). That what lies
-        there is still the same is checked just before it is replaced: two writers at that moment are not told apart.
+        The caller has looked just before. That nothing lies there yet is checked by the store as well (Google, Azure and others
+        know the mode "create"); that what lies there is still the same is not: two writers at that moment are not told apart.
         """
-        if self.version(path) != version:
-            raise changed(path)
         try:
             mode = {"mode": "create"} if version is None else {}
             self._bounded(self.filesystem.pipe_file, path, data, num_bytes=len(data), **mode)

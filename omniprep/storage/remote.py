@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self, TypeVar
 
 from omniprep.storage.folder import Conflict, FileWriter, RandomReader, StorageError
-from omniprep.storage.fsspec_store import FsspecStore, HttpStore
+from omniprep.storage.fsspec_store import FsspecStore, HttpStore, changed
 from omniprep.storage.retry import ATTEMPTS, short, status_of, with_retries
 
 T = TypeVar("T")
@@ -117,16 +117,19 @@ class RemoteFolder:
 
     def write_if(self, name: str, data: bytes, version: str | None) -> None:
         """Write a file if it is still of `version`. On S3 the store itself decides; see `FsspecStore.put_if` for others."""
-        num_tries = 0
+        sent = False
 
         def attempt(store: FsspecStore, path: str) -> None:
-            nonlocal num_tries
-            num_tries += 1
+            nonlocal sent
             try:
+                if store.version(path) != version:
+                    raise changed(path)
+                sent = True
                 store.put_if(path, data, version)
             except Conflict:
-                # An earlier try may have been done although its answer was lost: then what lies there is ours.
-                if num_tries == 1 or store.head(path) is None or store.get(path, 0, None)[0] != data:
+                # What was sent may have arrived although its answer was lost (HTTP clients, too, send a request again on a
+                # connection that breaks): then what lies there is ours.
+                if not sent or store.head(path) is None or store.get(path, 0, None)[0] != data:
                     raise Conflict(f"{self._url(name)}: was written by somebody else meanwhile") from None
 
         self._do(name, attempt)

@@ -149,7 +149,9 @@ def _own_status(error: BaseException) -> int | None:
     response = getattr(error, "response", None)
     given = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None
     if given is None:
-        holders = ((error, "status"), (error, "status_code"), (error, "code"), (response, "status_code"))
+        # aiohttp gives a body that ends early a `code` of 400, which no server sent.
+        name = "code" if type(error).__name__ == "HttpError" else "status_code"
+        holders = ((error, "status"), (error, name), (response, "status_code"))
         given = next((value for holder, name in holders if (value := getattr(holder, name, None)) is not None), None)
     status = int(str(given)) if str(given).isdecimal() else 0
     return status if 400 <= status < 600 else None

@@ -1,6 +1,7 @@
 """Video files of many kinds: right frames at right times, whichever decoder; and clear rejections."""
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -131,9 +132,10 @@ def test_what_decord_gets_wrong_goes_to_pyav(make, name):
     media = make(name, *FOR_PYAV_ONLY[name])
     info = probe_video(media)
     plan = plan_video(media, info, VideoPart(video="x", fps=20), VideoConfig(resize="fast"))
+    frames = read_frames(media, plan, VideoConfig(resize="fast"))
     assert info.decord_problem
-    assert (plan.decoder, plan.timing.decoder) == ("pyav", "pyav")
-    assert len(list(read_frames(media, plan, VideoConfig(resize="fast")))) == len(plan.indices)
+    assert frames.decoder == "pyav"
+    assert len(list(frames)) == len(plan.indices)
 
 
 @pytest.mark.parametrize("resize", ["exact", "fast"])
@@ -142,15 +144,17 @@ def test_auto_takes_decord_unless_it_would_decode_or_hold_too_much(plain, resize
         pytest.importorskip("torch")
     info = probe_video(plain)
     config = VideoConfig(resize=resize)
-    assert plan_video(plain, info, VideoPart(video="x", fps=2), config).decoder == "pyav"  # few frames are kept
+    sparse = plan_video(plain, info, VideoPart(video="x", fps=2), config)
+    assert read_frames(plain, sparse, config).decoder == "pyav"  # few frames are kept
     part = VideoPart(video="x", fps=12)
     plan = plan_video(plain, info, part, config)
-    assert plan.decoder == "decord"
+    large = read_frames(plain, plan, config)
+    assert large.decoder == "decord"
     size = (plan.height, plan.width) if resize == "fast" else None
     monkeypatch.setattr("omniprep.media.video._MAX_HELD_BYTES", held_bytes(info, size) - 1)
-    small = plan_video(plain, info, part, config)
+    small = read_frames(plain, plan, config)
     assert small.decoder == "pyav"
-    pairs = zip(read_frames(plain, plan, config), read_frames(plain, small, config), strict=True)
+    pairs = zip(large, small, strict=True)
     differences = [np.abs(one.astype(int) - other).mean() for one, other in pairs]
     assert max(differences) == 0 if resize == "exact" else max(differences) < 4
 
@@ -175,8 +179,9 @@ def test_both_decoders_give_upright_frames(make, plain, turn, resize):
     for decoder in ("decord", "pyav"):
         config = VideoConfig(resize=resize, decoder=decoder)
         plan = plan_video(media, info, PART, config)
-        assert plan.decoder == decoder
-        outputs.append(np.stack(list(read_frames(media, plan, config))))
+        frames = read_frames(media, plan, config)
+        assert frames.decoder == decoder
+        outputs.append(np.stack(list(frames)))
         assert outputs[-1].shape[1:] == (plan.height, plan.width, 3)
     difference = np.abs(outputs[0].astype(int) - outputs[1])
     if resize == "exact":
@@ -429,8 +434,19 @@ def test_decord_by_force_says_why_it_is_wrong(make):
     media = make("ten_bit.mp4", *FOR_PYAV_ONLY["ten_bit.mp4"])
     config = VideoConfig(decoder="decord")
     info = probe_video(media)
+    plan = plan_video(media, info, PART, config)
     with pytest.raises(RejectSample, match=r"pixel format yuv420p10le"):
-        plan_video(media, info, PART, config)
+        read_frames(media, plan, config)
+
+
+def test_facts_without_the_open_file_give_the_same_frames(make):
+    """Facts from a cache come without a container: it is opened again, and key frames are sought in it all the same."""
+    media = make("long.mp4", "-f", "lavfi", "-i", "testsrc2=size=96x64:rate=25:duration=60", *H264, "-bf", "3", "-g", "25")
+    for kind in (media, copy_of(make, media, "long.mkv"), copy_of(make, media, "long.ts")):
+        info = probe_video(kind)
+        chosen = list(range(3, info.num_frames, 190))
+        fresh = np.stack(list(read_pyav(kind, info, chosen)))
+        np.testing.assert_array_equal(np.stack(list(read_pyav(kind, replace(info, opened=None), chosen))), fresh)
 
 
 def test_paths_that_look_like_protocols_are_files(plain, tmp_path, monkeypatch):

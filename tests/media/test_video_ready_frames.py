@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from omniprep.errors import Reason, RejectSample
-from omniprep.media.ready_frames import plan_ready_frames, read_ready_frames
+from omniprep.media.ready_frames import plan_ready_frames, probe_ready_frames, read_ready_frames
 from omniprep.media.video import VideoConfig
 from omniprep.records import VideoPart
 from omniprep.types import MediaFile
@@ -35,16 +35,26 @@ def part(**keys):
     return VideoPart(video=("a.png",), **keys)
 
 
+def plan_of(files, part, config=CONFIG):
+    return plan_ready_frames(files[0], probe_ready_frames(files), part, config)
+
+
+def read(files, plan, config=CONFIG):
+    return read_ready_frames(files, probe_ready_frames(files), plan, config)
+
+
 @pytest.mark.parametrize("num_frames", [1, 2, 3, 5])
 def test_pictures_and_arrays_give_the_same_frames(tmp_path, num_frames):
     array = array_of(num_frames)
-    outputs, plans = [], []
+    outputs, plans, decoders = [], [], []
     for files in (npy(tmp_path, array), pngs(tmp_path, array)):
-        plan = plan_ready_frames(files, part(sample_fps=4.0), CONFIG)
-        outputs.append(np.stack(list(read_ready_frames(files, plan, CONFIG))))
+        plan = plan_of(files, part(sample_fps=4.0))
+        frames = read(files, plan)
+        decoders.append(frames.decoder)
+        outputs.append(np.stack(list(frames)))
         plans.append(plan)
     np.testing.assert_array_equal(*outputs)
-    assert [plan.decoder for plan in plans] == ["npy", "images"]
+    assert decoders == ["npy", "images"]
     for plan in plans:
         assert plan.times_s == tuple(index / 4 for index in range(num_frames))
         assert plan.indices == tuple(range(num_frames))
@@ -54,7 +64,7 @@ def test_pictures_and_arrays_give_the_same_frames(tmp_path, num_frames):
 
 
 def test_the_rate_is_the_models_unless_it_is_given(tmp_path):
-    assert plan_ready_frames(npy(tmp_path, array_of(2)), part(), CONFIG).sample_fps == 2.0
+    assert plan_of(npy(tmp_path, array_of(2)), part()).sample_fps == 2.0
 
 
 @pytest.mark.reference
@@ -66,18 +76,18 @@ def test_exact_frames_equal_the_references_resize(tmp_path):
 
     array, config = array_of(4, 300, 200), VideoConfig(resize="exact")
     files = npy(tmp_path, array)
-    plan = plan_ready_frames(files, part(), config)
+    plan = plan_of(files, part(), config)
     size = vision_process.smart_resize(300, 200, factor=28, min_pixels=128 * 784, max_pixels=768 * 784)
     assert (plan.height, plan.width) == size
     expected = resize(torch.from_numpy(array).permute(0, 3, 1, 2), list(size), InterpolationMode.BICUBIC, antialias=True)
-    np.testing.assert_array_equal(np.stack(list(read_ready_frames(files, plan, config))), expected.permute(0, 2, 3, 1).numpy())
+    np.testing.assert_array_equal(np.stack(list(read(files, plan, config))), expected.permute(0, 2, 3, 1).numpy())
 
 
 def test_an_array_in_memory_is_read_too(tmp_path):
     path = npy(tmp_path, array_of(2))[0].path
     files = [MediaFile(name="frames.npy", data=path.read_bytes())]
-    plan = plan_ready_frames(files, part(), CONFIG)
-    assert len(list(read_ready_frames(files, plan, CONFIG))) == 2
+    plan = plan_of(files, part())
+    assert len(list(read(files, plan))) == 2
 
 
 @pytest.mark.parametrize(
@@ -90,7 +100,7 @@ def test_an_array_in_memory_is_read_too(tmp_path):
 )
 def test_arrays_of_another_kind_are_refused(tmp_path, array, reason, message):
     with pytest.raises(RejectSample, match=message) as error:
-        plan_ready_frames(npy(tmp_path, array), part(), CONFIG)
+        plan_of(npy(tmp_path, array), part())
     assert error.value.reason is reason
 
 
@@ -98,7 +108,7 @@ def test_a_cut_array_is_truncated(tmp_path):
     path = npy(tmp_path, array_of(3))[0].path
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(RejectSample, match=r"frames\.npy") as error:
-        plan_ready_frames([MediaFile(name="frames.npy", path=path)], part(), CONFIG)
+        plan_of([MediaFile(name="frames.npy", path=path)], part())
     assert error.value.reason is Reason.MEDIA_TRUNCATED
 
 
@@ -106,15 +116,15 @@ def test_frames_of_two_sizes_are_refused(tmp_path):
     files = pngs(tmp_path, array_of(2))
     Image.new("RGB", (50, 50)).save(files[1].path)
     with pytest.raises(RejectSample, match=r"1\.png: expected 160x120 as the first frame has, got 50x50"):
-        plan_ready_frames(files, part(), CONFIG)
+        plan_of(files, part())
 
 
 def test_no_frames_are_empty():
     with pytest.raises(RejectSample) as error:
-        plan_ready_frames([], part(), CONFIG)
+        probe_ready_frames([])
     assert error.value.reason is Reason.MEDIA_EMPTY
 
 
 def test_keys_that_choose_frames_of_a_file_are_refused(tmp_path):
     with pytest.raises(RejectSample, match="nframes choose frames of a video file"):
-        plan_ready_frames(npy(tmp_path, array_of(4)), part(nframes=2), CONFIG)
+        plan_of(npy(tmp_path, array_of(4)), part(nframes=2))
