@@ -7,6 +7,7 @@ With a `MediaCache` each step asks it first: what it has is neither probed nor d
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -68,8 +69,11 @@ class OpenVideo:
 
     @property
     def duration_s(self) -> float:
-        """Return the length by which videos of one record share a token budget."""
-        return self.info.duration_s if isinstance(self.info, VideoInfo) else 1.0
+        """Return the length, of the cut if it is one, by which videos of one record share a token budget."""
+        if isinstance(self.info, ReadyFrames):
+            return 1.0
+        stop_s = min(self.part.video_end or math.inf, self.info.duration_s)
+        return max(0.0, stop_s - (self.part.video_start or 0.0))
 
     def close(self) -> None:
         """Close the file: PyAV's objects refer to each other, so that it would stay open until the next garbage collection."""

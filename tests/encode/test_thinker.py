@@ -255,6 +255,14 @@ def test_the_budget_mode_fills_what_the_record_leaves(encode: Callable[..., Enco
     assert used[0] < used[-1]
 
 
+def test_videos_share_the_budget_by_the_length_of_their_cuts(encode: Callable[..., EncodedSample]) -> None:
+    cut = {"video": "v.mp4", "video_start": 1.0, "video_end": 3.0, "audio_in_video": "off"}
+    config = VideoConfig(frames="budget", min_pixels=28 * 28 * 130)
+    sample = encode(chat(cut, {"video": "silent.mp4", "video_end": 2.0}), max_tokens=2500, video=config)
+    one, two = (len(item.frames) for item in sample.vision)
+    assert one == two < 20  # files of 6 s and 4 s, cuts of 2 s each, and not room for all frames
+
+
 @pytest.mark.parametrize(
     ("part", "reason"),
     [
