@@ -18,6 +18,7 @@ from omniprep.prepare import prepare
 from omniprep.recipe import load_recipe
 from omniprep.shards.quarantine import read_quarantine
 from omniprep.shards.reader import index_rows
+from omniprep.storage.folder import open_folder
 from omniprep.types import Rejection
 from omniprep.verify import verify
 from tests.prepare_builders import chat
@@ -217,7 +218,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, ffmpeg: str) -> Path:
 
 def rejections(folder: Path) -> dict[int, Rejection]:
     files = sorted((folder / "quarantine").glob("*.parquet"))
-    return {item.rejection.row: item.rejection for path in files for item in read_quarantine(path)}
+    out = open_folder(str(folder))
+    return {item.rejection.row: item.rejection for path in files for item in read_quarantine(out, path.name)}
 
 
 def expected_counts() -> dict[str, int]:
