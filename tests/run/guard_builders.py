@@ -121,9 +121,11 @@ def work(item: Any) -> Any:
                 "folder": str(Path.cwd()),
                 "path": list(sys.path),
             }
-        case ("hang with a program", folder):
+        case ("hang with a program" | "crash with a program" as verb, folder):
             program = subprocess.Popen(["sleep", "1000"])
             (Path(folder) / "pids").write_text(f"{os.getpid()}\n{os.getppid()}\n{program.pid}\n")
+            if verb.startswith("crash"):
+                os.abort()
             sum(itertools.repeat(0))
         case ("leave a mark", path):
             with Path(path).open("a") as marks:
