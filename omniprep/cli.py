@@ -270,18 +270,58 @@ def verify(
 
 
 @app.command()
+def diff(
+    a: Annotated[str, typer.Argument(help="Folder or URL of a dataset.", show_default=False)],
+    b: Annotated[str, typer.Argument(help="Another one.", show_default=False)],
+    *,
+    key: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Compare this one record: text, ids, labels, positions, media."),
+    ] = None,
+    match: Annotated[Literal["key", "id", "content"], typer.Option(help="What makes two records the same one.")] = "key",
+    limit: Annotated[int, typer.Option(min=0, help="Examples of each kind of change.")] = 5,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what changed between two datasets. Exit code 0 if they are equal, 1 if not.
+
+    Example: [bold]omniprep diff build/sft build/sft-new[/bold]
+    """
+    with plain_errors():
+        from omniprep import diff as compare
+
+        if key is not None:
+            record = compare.diff_record(a, b, key)
+            _print(record.model_dump_json() if as_json else compare.describe_record(record))
+            equal = record.equal
+        else:
+            found = compare.diff(a, b, match=match, limit=limit)
+            _print(found.model_dump_json() if as_json else compare.describe(found))
+            equal = found.equal
+        if not equal:
+            raise typer.Exit(EXIT_FINDINGS)
+
+
+@app.command()
 def inspect(
     dataset: DatasetArgument,
     key: Annotated[
         Optional[str],  # noqa: UP045
         typer.Argument(help="Key or id of a record, stored or rejected; without one, an overview."),
     ] = None,
+    rejected: Annotated[
+        bool, typer.Option("--rejected", help="What is in the quarantine: counts, and details of one kind as one line.")
+    ] = False,
 ) -> None:
     """Show a dataset, or one record: its text with the loss mask, segments, positions, timing; or why it was rejected.
 
     Example: [bold]omniprep inspect build/sft chat-00000017[/bold]
     """
     with plain_errors():
+        if rejected:
+            from omniprep.quarantine_report import describe, summarize
+
+            _print(describe(summarize(dataset)))
+            return
         from itertools import islice
 
         from omniprep.encode.thinker import EncodeConfig
@@ -295,9 +335,9 @@ def inspect(
         if key is None:
             console.print(dataset_summary(dataset, manifest, list(islice(index_rows(dataset), 20))))
         else:
-            rejected = find_rejection(dataset, manifest, key)
-            if rejected is not None:
-                console.print(rejection_view(rejected))
+            found = find_rejection(dataset, manifest, key)
+            if found is not None:
+                console.print(rejection_view(found))
             else:
                 console.print(sample_view(find_sample(dataset, key), load_tokenizer(EncodeConfig().tokenizer)))
 
@@ -426,7 +466,7 @@ def _describe_manifest(manifest: "Manifest", output: str) -> str:
     if manifest.rejects:
         reasons = ", ".join(f"{name} {count:,}" for name, count in sorted(manifest.rejects.items()))
         told = f"rejected: {manifest.num_rows - totals.num_records:,} ({reasons}), whole in {output}/quarantine"
-        lines.append(f"{told}; see `omniprep inspect {output}`")
+        lines.append(f"{told}; see `omniprep inspect {output} --rejected`")
     return "\n".join(lines)
 
 

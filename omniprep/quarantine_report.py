@@ -165,9 +165,7 @@ def _files(folder: Folder) -> Iterator[str]:
     from omniprep.shards.manifest import MANIFEST_NAME, read_manifest
 
     if folder.size(MANIFEST_NAME) is not None:
-        from pathlib import Path
-
-        yield from (f"{QUARANTINE_FOLDER}/{info.name}" for info in read_manifest(Path(folder.place)).quarantine)
+        yield from (f"{QUARANTINE_FOLDER}/{info.name}" for info in read_manifest(folder).quarantine)
     else:
         yield from (name for name in folder.files(QUARANTINE_FOLDER) if name.endswith(".parquet"))
 

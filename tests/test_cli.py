@@ -18,7 +18,7 @@ COMMANDS = ("prepare", "plan", "verify", "inspect", "encode", "schema")
 OPTIONS = {
     "prepare": {
         *("--out", "--workers", "--executor", "--address", "--limit"),
-        *("--overwrite", "--no-overwrite", "--retry-rejected", "--json"),
+        *("--overwrite", "--no-overwrite", "--json"),
     },
     "plan": {"--workers", "--executor", "--address", "--limit", "--json"},
     "verify": {"--against", "--limit", "--inputs", "--json"},
@@ -109,10 +109,10 @@ def test_against_needs_to_know_where_the_recipe_was(recipe: Path, tmp_path: Path
 
 def test_findings_give_exit_code_1(recipe: Path, tmp_path: Path) -> None:
     run("prepare", recipe)
-    (tmp_path / "out" / "train-00000.parquet").unlink()
-    assert "train-00000.parquet: missing" in run("verify", tmp_path / "out", code=1).stdout
+    (tmp_path / "out" / "train-chat-00000.parquet").unlink()
+    assert "train-chat-00000.parquet: missing" in run("verify", tmp_path / "out", code=1).stdout
     found = json.loads(run("verify", tmp_path / "out", "--json", code=1).stdout)
-    assert found["findings"][0]["shard"] == "train-00000.parquet"
+    assert found["findings"][0]["shard"] == "train-chat-00000.parquet"
 
 
 def test_nothing_stored_gives_exit_code_1(tmp_path: Path) -> None:

@@ -97,7 +97,9 @@ sys.meta_path.insert(0, Absent())
 """
     start = "from omniprep.cli import main; sys.argv = ['omniprep', *sys.argv[1:]]; main()"
     run([sys.executable, "-c", block + start, "prepare", "recipe.yaml", "--out", "build/plain"], project)
-    assert (project / "build/plain/train-00000.tar").read_bytes() == (project / "build/sft/train-00000.tar").read_bytes()
+    assert (project / "build/plain/train-chat-00000.tar").read_bytes() == (
+        project / "build/sft/train-chat-00000.tar"
+    ).read_bytes()
 
 
 def test_every_reason_is_explained() -> None:

@@ -64,9 +64,8 @@ class Dataset:
     @classmethod
     def open(cls, place: str) -> "Dataset":
         """Open the dataset at a path or URL. Raises `DatasetError` if there is none."""
-        from pathlib import Path
-
-        return cls(open_folder(place), read_manifest(Path(place)))
+        folder = open_folder(place)
+        return cls(folder, read_manifest(folder))
 
 
 @dataclass

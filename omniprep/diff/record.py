@@ -68,7 +68,7 @@ def read_record(folder: Folder, manifest: Manifest, shard: int, number: int) -> 
     from omniprep.shards.reader import ShardReader
 
     name = manifest.shards[shard].name
-    with ShardReader(_local(folder) / name) as reader:
+    with ShardReader(folder, name) as reader:
         members = reader.read_members(number)
     try:
         return StoredRecord(shard=name, sample=from_members(members), facts=_plain_facts(read_facts(members)))
@@ -100,7 +100,7 @@ def find_record(folder: Folder, manifest: Manifest, key: str) -> StoredRecord | 
 def _find_rejection(folder: Folder, manifest: Manifest, key: str) -> Rejection | None:
     from omniprep.inspect import find_rejection
 
-    return find_rejection(_local(folder), manifest, key)
+    return find_rejection(folder, manifest, key)
 
 
 def differing_parts(a: StoredRecord, b: StoredRecord) -> tuple[Part, ...]:
@@ -254,9 +254,3 @@ def _media_differences(a: EncodedSample, b: EncodedSample) -> Iterator[str]:
             changed = [number for number, (one, two) in enumerate(zip(item.frames, partner.frames, strict=False)) if one != two]
             first = f"frame {changed[0]} is the first of {len(changed)} that differ" if changed else "frames added at the end"
             yield f"{item.kind} {index}: {first} ({len(item.frames)} -> {len(partner.frames)} frames)"
-
-
-def _local(folder: Folder) -> Any:
-    from pathlib import Path
-
-    return Path(folder.place)
