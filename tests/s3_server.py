@@ -42,7 +42,7 @@ class Fault:
 
     concerns: Callable[[Request], bool]
     kind: str
-    """`status` (with an S3 error code), `hang` (no answer), `lost` (done, not answered), `reset` (in the body's middle), `slow`."""
+    """`status` (with an S3 error code), `hang` (no answer), `lost` (done, not answered), `reset` (in the body), `slow`."""
     status: int = 500
     code: str = "InternalError"
     times: float = 1

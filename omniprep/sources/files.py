@@ -1,9 +1,13 @@
-"""Finding and opening input files: local paths, any fsspec URL, globs; plain, gzip and zstd."""
+"""Finding and opening input files: local paths, any fsspec URL, globs; plain, gzip and zstd.
+
+What lies at a URL is read by ranges, each of them tried again if it fails (`omniprep.storage.remote`): a row group or a seek
+costs what it needs, and a connection that breaks costs the piece that it was carrying.
+"""
 
 import glob
 import gzip
 import io
-import re
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,18 +15,23 @@ from typing import Any, BinaryIO, cast
 
 from omniprep.errors import ConfigError
 from omniprep.sources.partitions import InputFile, Slice
+from omniprep.storage.folder import StorageError
+from omniprep.storage.remote import find_url, is_url, open_url, size_of_url
 
-_URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.\-]*://")
+__all__ = [
+    "DAMAGE",
+    "check_unchanged",
+    "compression_of",
+    "damage_of",
+    "find_files",
+    "is_url",
+    "one_line",
+    "open_input",
+    "parent_of",
+    "read_to_damage",
+]
+
 _COMPRESSIONS = {".gz": "gzip", ".tgz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
-
-
-def is_url(path: str) -> bool:
-    """Return whether `path` is an fsspec URL rather than a local path.
-
-    >>> is_url("s3://bucket/a.jsonl"), is_url("/data/a:b.jsonl")
-    (True, False)
-    """
-    return _URL.match(path) is not None
 
 
 def find_files(paths: tuple[str, ...], *, place: str) -> tuple[InputFile, ...]:
@@ -75,17 +84,15 @@ def _match_local(path: str) -> list[tuple[str, int]]:
 
 
 def _match_url(url: str) -> list[tuple[str, int]]:
-    import fsspec
-
     try:
-        filesystem, path = fsspec.core.url_to_fs(url)
-        names = sorted(filesystem.glob(path)) if glob.has_magic(path) else [path]
-        infos = [filesystem.info(name) for name in names]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"{url!r} cannot be listed: {one_line(error)}") from None
-    return [(filesystem.unstrip_protocol(str(i["name"])), int(i["size"] or 0)) for i in infos if i["type"] == "file"]
+        return sorted(find_url(url).items())
+    except StorageError as error:
+        raise ConfigError(f"{url!r} cannot be listed: {_without(url, error)}") from None
+
+
+def _without(path: str, error: Exception) -> str:
+    """Return an error's message without the path that it starts with."""
+    return one_line(error).removeprefix(f"{path}: ")
 
 
 def one_line(error: BaseException) -> str:
@@ -103,24 +110,25 @@ def compression_of(path: str) -> str | None:
 
 
 def check_unchanged(piece: Slice) -> None:
-    """Raise `ConfigError` if a local file has another size than when it was planned."""
-    if is_url(piece.path):
-        return
+    """Raise `ConfigError` if a file has another size than when it was planned."""
+    num_bytes: int | None
     try:
-        num_bytes = Path(piece.path).stat().st_size
+        num_bytes = size_of_url(piece.path) if is_url(piece.path) else Path(piece.path).stat().st_size
     except OSError as error:
-        raise ConfigError(f"{piece.path}: cannot be read any more: {error.strerror}") from None
-    if num_bytes != piece.num_bytes:
+        reason = error.strerror or _without(piece.path, error)
+        raise ConfigError(f"{piece.path}: cannot be read any more: {reason}") from None
+    if num_bytes != piece.num_bytes and num_bytes is not None:
         raise ConfigError(f"{piece.path}: had {piece.num_bytes} bytes when planned, has {num_bytes} now; run again")
 
 
 @contextmanager
 def open_input(path: str) -> Iterator[BinaryIO]:
-    """Open a local file or URL, decompressed. What cannot be opened or decompressed is a `ConfigError` with the path."""
-    import zlib
+    """Open a local file or URL, decompressed.
 
+    What cannot be opened or decompressed is a `ConfigError` with the path; a store that does not answer a `StorageError`.
+    """
     try:
-        with _open_plain(path) as plain:
+        with open_url(path) if is_url(path) else Path(path).open("rb") as plain:
             match compression_of(path):
                 case "gzip":
                     with gzip.open(plain, "rb") as unzipped:
@@ -130,15 +138,42 @@ def open_input(path: str) -> Iterator[BinaryIO]:
                 case _:
                     yield plain
     except (OSError, EOFError, zlib.error) as error:
-        raise ConfigError(f"{path}: cannot be read: {one_line(error)}") from None
+        raise ConfigError(f"{path}: cannot be read: {_without(path, error)}") from None
 
 
-def _open_plain(path: str) -> BinaryIO:
-    if not is_url(path):
-        return Path(path).open("rb")
-    import fsspec
+class DamagedFrameError(OSError):
+    """What should be zstd is not."""
 
-    return cast(BinaryIO, fsspec.open(path, "rb").open())
+
+DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, DamagedFrameError)
+"""What reading from `open_input` raises where a compressed stream is cut short or damaged; what came before it was whole."""
+
+
+def damage_of(error: Exception, path: str) -> str:
+    """Return one line about a stream that raised one of `DAMAGE`.
+
+    >>> damage_of(EOFError("Compressed file ended before ..."), "a.jsonl.gz")
+    'the gzip stream ends early; what follows is lost'
+    """
+    how = "ends early" if isinstance(error, EOFError) else f"is damaged: {one_line(error)}"
+    return f"the {compression_of(path)} stream {how}; what follows is lost"
+
+
+def read_to_damage(handle: BinaryIO, path: str, num_bytes: int | None = None) -> tuple[bytes, str | None]:
+    """Return up to `num_bytes` bytes (None: all), and what is wrong with the stream if it breaks off before."""
+    pieces: list[bytes] = []
+    rest = num_bytes
+    while rest != 0:
+        try:
+            # One read of the stream a time: a longer one would lose what it had read already when it fails.
+            piece = cast(io.BufferedReader, handle).read1(1 << 18 if rest is None else min(rest, 1 << 18))
+        except DAMAGE as error:
+            return b"".join(pieces), damage_of(error, path)
+        if not piece:
+            break
+        pieces.append(piece)
+        rest = None if rest is None else rest - len(piece)
+    return b"".join(pieces), None
 
 
 class _ZstdReader(io.RawIOBase):
@@ -170,7 +205,7 @@ class _ZstdReader(io.RawIOBase):
             try:
                 self._out = self._frame.decompress(data)
             except self._error as error:
-                raise OSError(one_line(error)) from None
+                raise DamagedFrameError(one_line(error)) from None
             if self._frame.eof:
                 self._rest, self._frame = self._frame.unused_data, None
         num_bytes = min(len(buffer), len(self._out))

@@ -2,7 +2,8 @@
 
 Planning reads a file once, line by line, and keeps one line in memory. A partition of a plain file starts with a seek;
 a compressed one is read from its start and rows before the partition are skipped unparsed.
-A row that is not strict JSON (RFC 8259, UTF-8, no duplicate keys) becomes a `Row` with its error.
+A row that is not strict JSON (RFC 8259, UTF-8, no duplicate keys) becomes a `Row` with its error. So does, once, the damage of
+a compressed file of which the beginning can be read.
 """
 
 import json
@@ -14,7 +15,16 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 
 from omniprep.errors import ConfigError, Reason, RejectSample
 from omniprep.sources.base import FilesSource
-from omniprep.sources.files import check_unchanged, compression_of, find_files, is_url, open_input
+from omniprep.sources.files import (
+    DAMAGE,
+    check_unchanged,
+    compression_of,
+    damage_of,
+    find_files,
+    is_url,
+    open_input,
+    read_to_damage,
+)
 from omniprep.sources.partitions import InputFile, Partition, Row, Slice, Unit, cut
 
 MAX_ROW_BYTES = 1 << 28
@@ -29,6 +39,8 @@ class _Line(NamedTuple):
     line: int
     """Line number from 1, or ordinal in an array from 0."""
     text: bytes
+    damage: str | None = None
+    """What ends the file here, instead of a row."""
 
 
 class JsonlSource(FilesSource):
@@ -55,7 +67,7 @@ class JsonlSource(FilesSource):
             for line, is_element in _slice_rows(piece):
                 place = f"{piece.name}[{line.line}]" if is_element else f"{piece.name}:{line.line}"
                 text = line.text.strip()
-                value, error = parse_json(text)
+                value, error = parse_json(text) if line.damage is None else (None, _invalid(line.damage))
                 yield Row(index=index, place=place, value=value, error=error, base=base, line=text)
                 index += 1
                 num_read += 1
@@ -133,28 +145,32 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant,
 def _rows(file: InputFile) -> Iterator[_Line]:
     """Yield the rows of a whole file. Raises `ConfigError` if it is not text."""
     with open_input(file.path) as handle:
-        if b"\0" in handle.read(_PEEK_BYTES):
+        head, damage = read_to_damage(handle, file.path, _PEEK_BYTES)
+        if damage is not None and not head:
+            raise ConfigError(f"{file.path}: cannot be read: {damage}")
+        if b"\0" in head:
             raise ConfigError(f"{file.path}: expected lines of JSON in UTF-8, got binary data (or UTF-16)")
     if _is_one_value(file.path):
-        yield from _elements(_read_whole(file.path))
+        data, damage = _read_whole(file.path)
+        yield from _elements(data, damage=damage)
         return
     with open_input(file.path) as handle:
-        yield from _lines(handle, offset=0, line=1)
+        yield from _lines(handle, file.path, offset=0, line=1)
 
 
 def _slice_rows(piece: Slice) -> Iterator[tuple[_Line, bool]]:
     """Yield the rows of a slice, and whether they are elements of an array."""
     if _is_one_value(piece.path):
-        data = _read_whole(piece.path)
-        for line in _take(_elements(data, offset=piece.offset, ordinal=piece.line), piece.num_rows):
+        data, damage = _read_whole(piece.path)
+        for line in _take(_elements(data, offset=piece.offset, ordinal=piece.line, damage=damage), piece.num_rows):
             yield line, True
         return
     with open_input(piece.path) as handle:
         if compression_of(piece.path) is None:
             handle.seek(piece.offset)
-            lines = _lines(handle, offset=piece.offset, line=piece.line)
+            lines = _lines(handle, piece.path, offset=piece.offset, line=piece.line)
         else:
-            lines = _lines(handle, offset=0, line=1)
+            lines = _lines(handle, piece.path, offset=0, line=1)
             for _ in _take(lines, piece.row):
                 pass
         for line in _take(lines, piece.num_rows):
@@ -169,19 +185,24 @@ def _take(lines: Iterator[_Line], num_rows: int) -> Iterator[_Line]:
         yield line
 
 
-def _lines(handle: BinaryIO, *, offset: int, line: int) -> Iterator[_Line]:
-    """Yield the lines that are not blank; of a line over `MAX_ROW_BYTES` only its first bytes."""
-    while text := handle.readline(MAX_ROW_BYTES):
-        num_bytes = len(text)
-        rest = text
-        while len(rest) == MAX_ROW_BYTES and not rest.endswith(b"\n"):
-            rest = handle.readline(MAX_ROW_BYTES)
-            num_bytes += len(rest)
-        row = text.removeprefix(_BOM) if offset == 0 else text
-        if not row.isspace() and row:
-            yield _Line(offset, line, row)
-        offset += num_bytes
-        line += 1
+def _lines(handle: BinaryIO, path: str, *, offset: int, line: int) -> Iterator[_Line]:
+    """Yield the lines that are not blank; of one over `MAX_ROW_BYTES` only its first bytes; damage after a line as one more."""
+    try:
+        while text := handle.readline(MAX_ROW_BYTES):
+            num_bytes = len(text)
+            rest = text
+            while len(rest) == MAX_ROW_BYTES and not rest.endswith(b"\n"):
+                rest = handle.readline(MAX_ROW_BYTES)
+                num_bytes += len(rest)
+            row = text.removeprefix(_BOM) if offset == 0 else text
+            if not row.isspace() and row:
+                yield _Line(offset, line, row)
+            offset += num_bytes
+            line += 1
+    except DAMAGE as error:
+        if offset == 0:  # not one line is whole: the file is none of ours
+            raise
+        yield _Line(offset, line, b"", damage_of(error, path))
 
 
 def _is_one_value(path: str) -> bool:
@@ -190,30 +211,36 @@ def _is_one_value(path: str) -> bool:
     if not stem.endswith(".json"):
         return False
     with open_input(path) as handle:
-        head = handle.read(1 << 16).removeprefix(_BOM).lstrip()
+        head, damage = read_to_damage(handle, path, 1 << 16)
+        head = head.removeprefix(_BOM).lstrip()
         if not head.startswith(b"{") or parse_json(head.partition(b"\n")[0])[1] is None:
             return head.startswith(b"[")
-        return head.partition(b"\n")[0].strip() == b"{" or parse_json((head + handle.read()).strip())[1] is None
+        if head.partition(b"\n")[0].strip() == b"{":
+            return True
+        rest, damage = (b"", damage) if damage else read_to_damage(handle, path)
+        return damage is None and parse_json((head + rest).strip())[1] is None
 
 
-def _read_whole(path: str) -> bytes | mmap.mmap:
-    if compression_of(path) is not None or is_url(path):
-        with open_input(path) as handle:
-            return handle.read()
+def _read_whole(path: str) -> tuple[bytes | mmap.mmap, str | None]:
+    """Return a file, and what is wrong if it is compressed and breaks off."""
     with open_input(path) as handle:
-        return mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+        if compression_of(path) is not None or is_url(path):
+            return read_to_damage(handle, path)
+        return mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ), None
 
 
-def _elements(data: bytes | mmap.mmap, *, offset: int | None = None, ordinal: int = 0) -> Iterator[_Line]:
+def _elements(
+    data: bytes | mmap.mmap, *, offset: int | None = None, ordinal: int = 0, damage: str | None = None
+) -> Iterator[_Line]:
     """Yield the elements of an array, found by brackets alone so that a bad one does not hide the others.
 
-    What is no array is one row.
+    What is no array is one row. `damage` says why the data end where they do, and is the last row.
 
     >>> [bytes(line.text) for line in _elements(b'[{"a": "]"}, 2 ]')]
     [b'{"a": "]"}', b' 2 ']
     """
     if data[: 1 << 16].removeprefix(_BOM).lstrip().startswith(b"{") and not offset:
-        yield _Line(0, ordinal, data[:].removeprefix(_BOM))
+        yield _Line(0, ordinal, data[:].removeprefix(_BOM), damage)
         return
     start = data.find(b"[") + 1 if offset is None else offset
     depth = 1
@@ -233,5 +260,5 @@ def _elements(data: bytes | mmap.mmap, *, offset: int | None = None, ordinal: in
             break
     rest = data[start:]
     # The array is not closed, or something follows its bracket: one row more, which will not parse.
-    if rest.strip() if depth else rest[1:].strip():
-        yield _Line(start, ordinal, rest)
+    if damage is not None or (rest.strip() if depth else rest[1:].strip()):
+        yield _Line(start, ordinal, rest, damage)

@@ -99,6 +99,11 @@ class FsspecStore:
             return {}
         return {str(name): int(info["size"] or 0) for name, info in found.items() if info["type"] == "file"}
 
+    def glob(self, pattern: str) -> dict[str, int | None]:
+        """Return path and size of every file that a pattern matches. As new as the store's listing is."""
+        found = self.filesystem.glob(pattern, detail=True)
+        return {str(name): info["size"] for name, info in found.items() if info["type"] == "file"}
+
     def is_folder(self, path: str) -> bool:
         """Return whether any file lies below."""
         try:
@@ -108,7 +113,9 @@ class FsspecStore:
 
     def _bounded(self, call: Callable[..., Any], *arguments: Any, num_bytes: int | None = 0, **options: Any) -> Any:
         """Call a method of the filesystem; a `timeout` is taken by fsspec itself where the filesystem is an asynchronous one."""
-        if getattr(self.filesystem, "async_impl", False):
+        from fsspec.asyn import AsyncFileSystem
+
+        if isinstance(self.filesystem, AsyncFileSystem):
             options["timeout"] = self.bound_s(num_bytes)
         return call(*arguments, **options)
 

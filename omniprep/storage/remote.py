@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from glob import has_magic
 from types import TracebackType
 from typing import Any, BinaryIO, Self, TypeVar
 
@@ -53,6 +54,30 @@ def read_url(
         if isinstance(store, HttpStore):
             return with_retries(lambda: store.fetch(path, 0, max_bytes + 1, allowed=allowed), what=url)
         return with_retries(lambda: store.get(path, 0, max_bytes + 1), what=url)
+
+
+def size_of_url(url: str) -> int | None:
+    """Return a file's size in bytes, or None if an HTTP server does not tell. Raises `FileNotFoundError`, `StorageError`."""
+    head = _do(url, lambda store, path: store.head(path))
+    if head is None:
+        raise FileNotFoundError(f"{url:.200}: no such file")
+    return head.num_bytes
+
+
+def find_url(url: str) -> dict[str, int]:
+    """Return URL and size of the file, or of the files that a glob matches: 0 where an HTTP server does not tell.
+
+    Raises `StorageError`.
+    """
+    first, chain, rest = url.partition("::")
+    try:
+        with explained(url):
+            store, path = store_of(url, timeout_s=TIMEOUT_S)
+        found = _do(url, lambda store, path: store.glob(path)) if has_magic(first) else {path: size_of_url(url)}
+    except FileNotFoundError:
+        return {}
+    urls = {f"{store.filesystem.unstrip_protocol(path)}{chain}{rest}": size for path, size in found.items()}
+    return {name: (size_of_url(name) or 0) if size is None else size for name, size in urls.items()}
 
 
 @dataclass(frozen=True)
@@ -279,13 +304,14 @@ def store_of(url: str, *, timeout_s: float) -> tuple[FsspecStore, str]:
     """Return the store of a URL and the path inside it. Raises `StorageError` if nothing here can read such URLs."""
     import fsspec
 
-    protocol = url.split("://", 1)[0].rpartition("::")[2].lower()
+    # Of a chain (`zip://a.jsonl::s3://bucket/a.zip`) the first part is the file's own system, and takes no options of the others.
+    protocol = "" if "::" in url else url.split("://", 1)[0].lower()
     try:
         filesystem, path = fsspec.core.url_to_fs(url, **_options(protocol, timeout_s))
     except (ImportError, ValueError) as error:
         package = {"s3": "omniprep[s3]", "s3a": "omniprep[s3]", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
         advice = f"pip install '{package[protocol]}'" if protocol in package else "use one of fsspec's, such as s3://"
-        raise StorageError(f"{url:.200}: {short(error)}; {advice}") from None
+        raise StorageError(f"{url:.200}: {error}; {advice}") from None
     if protocol in ("s3", "s3a"):
         from omniprep.storage.s3 import S3Store
 
@@ -314,7 +340,7 @@ def _options(protocol: str, timeout_s: float) -> dict[str, Any]:
             return {}
 
 
-def _do(url: str, call: Callable[[FsspecStore, str], T], *, timeout_s: float, attempts: int) -> T:
+def _do(url: str, call: Callable[[FsspecStore, str], T], *, timeout_s: float = TIMEOUT_S, attempts: int = ATTEMPTS) -> T:
     """Call a store's method with retries. Raises `FileNotFoundError`, `Conflict`, `StorageError`."""
     with explained(url):
         store, path = store_of(url, timeout_s=timeout_s)

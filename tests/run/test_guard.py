@@ -498,9 +498,9 @@ def test_what_it_costs() -> None:
         f"\nsmall item: {small_s * 1e6:.1f} us, after 100 crashes {again_s * 1e6:.1f} us; answers of 1 MiB: "
         f"{(1 << 20) / megabytes_s / 1e9:.2f} GB/s; crash and restart: {crash_s * 1e3:.2f} ms"
     )
-    assert small_s < 300e-6
-    assert megabytes_s < 5e-3
-    assert crash_s < 0.1
+    assert small_s < 1e-3
+    assert megabytes_s < 20e-3
+    assert crash_s < 0.2
 
 
 @pytest.mark.parametrize("limits", [{"timeout_s": 0.0}, {"memory_bytes": 0}])

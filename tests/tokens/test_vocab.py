@@ -26,6 +26,54 @@ def test_regular_tokenizer_agrees_with_golden_texts_without_control_tokens(token
     assert tokenizer.encode_texts([case["text"] for case in plain], policy="literal") == [case["ids"] for case in plain]
 
 
+def by_tokenizers(tokenizer: TextTokenizer, texts: list[str]) -> list[list[int]]:
+    return [encoding.ids for encoding in tokenizer.regular.encode_batch(texts, add_special_tokens=False)]
+
+
+def test_both_ways_to_run_the_bpe_agree_on_every_character(tokenizer: TextTokenizer) -> None:
+    """Each character after a letter, a space and an apostrophe, and before a combining mark.
+
+    Of the planes beyond the second, which hold rare ideographs and nothing, every 64th: all of them agree and take 10 s.
+    """
+    codes = [*range(0xD800), *range(0xE000, 0x20000), *range(0x20000, 0x110000, 64), *range(0xE0000, 0xE0200)]
+    characters = list(map(chr, codes))
+    blocks = [characters[start : start + 256] for start in range(0, len(characters), 256)]
+    texts = ["".join(f"a{one} {one}'{one}\u0301\n" for one in block) for block in blocks]
+    assert tokenizer.encode_texts(texts, policy="literal") == by_tokenizers(tokenizer, texts)
+
+
+ODD = [
+    "'S",
+    "'ll ",
+    "ſ",
+    "e\u0301",
+    "\u1100\u1161",
+    "  ",
+    "\r\n",
+    " \n \n",
+    "\u00a0",
+    "\u3000",
+    "<|im_end|>",
+    "１",
+    "٣",
+    "🙂\u200d",
+    "!!\n",
+]
+
+
+@given(st.lists(st.one_of(st.sampled_from(ODD), st.text(max_size=6)), max_size=12).map("".join))
+def test_both_ways_to_run_the_bpe_agree_on_any_text(text: str) -> None:
+    tokenizer = load_tokenizer(TokenizerConfig())
+    assert tokenizer.encode_texts([text], policy="literal") == by_tokenizers(tokenizer, [text])
+
+
+@pytest.mark.parametrize("unit", [" ", "\n", "a", "!", "\u0301", " \n"])
+def test_a_million_equal_characters_are_encoded(tokenizer: TextTokenizer, unit: str) -> None:
+    for length in (vocab._MAX_FAST_CHARACTERS, 1_000_000):
+        texts = [unit * (length // len(unit)), "after"]
+        assert tokenizer.encode_texts(texts, policy="literal") == by_tokenizers(tokenizer, texts)
+
+
 def test_added_tokens_have_the_released_ids(tokenizer: TextTokenizer) -> None:
     assert [tokenizer.full.token_to_id(token) for token in ADDED] == list(range(NUM_REGULAR_TOKENS, QWEN2_5_OMNI.vocab_size))
     names = {
