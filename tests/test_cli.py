@@ -14,15 +14,17 @@ from omniprep.cli import app
 from omniprep.shards.manifest import Manifest
 from tests.prepare_builders import chat, write_media, write_recipe, write_rows
 
-COMMANDS = ("prepare", "plan", "verify", "inspect", "encode", "schema")
+COMMANDS = ("prepare", "retry", "plan", "verify", "diff", "inspect", "encode", "schema")
 OPTIONS = {
     "prepare": {
         *("--out", "--workers", "--executor", "--address", "--limit"),
-        *("--overwrite", "--no-overwrite", "--json"),
+        *("--update", "--overwrite", "--media-cache", "--json"),
     },
+    "retry": {"--workers", "--executor", "--address", "--timeout-s", "--memory-bytes", "--inputs", "--json"},
     "plan": {"--workers", "--executor", "--address", "--limit", "--json"},
     "verify": {"--against", "--limit", "--inputs", "--json"},
-    "inspect": set(),
+    "inspect": {"--rejected"},
+    "diff": {"--key", "--match", "--limit", "--json"},
     "encode": {
         "--out",
         "--rope-mode",

@@ -183,7 +183,7 @@ def test_one_record_is_found_by_key_id_and_in_the_quarantine(before: str, tmp_pa
     assert diff_record(before, other, "id-2").parts == ()
     assert diff_record(before, other, "chat-00000002").equal
     rejected = diff_record(before, other, "chat-00000001")
-    assert rejected.state_a.startswith("stored: train-00000.tar") and rejected.state_b.startswith(
+    assert rejected.state_a.startswith("stored: train-chat-00000.tar") and rejected.state_b.startswith(
         "rejected: media_missing: chat.jsonl:2:"
     )
     assert not rejected.equal and "not there" in describe_record(diff_record(before, build(tmp_path / "one", [chat(0)]), "id-13"))
@@ -201,11 +201,11 @@ def test_what_a_record_says_cannot_command_a_terminal(tmp_path: Path) -> None:
 
 def test_a_damaged_dataset_is_told_in_one_line(before: str, tmp_path: Path) -> None:
     other = Path(build(tmp_path, [chat(99), *rows_of_a()]))
-    (other / "train-00001.parquet").write_bytes(b"no")
-    with pytest.raises(DatasetError, match=r"train-00001\.parquet: not a readable index: .*see `omniprep verify`"):
+    (other / "train-chat-00001.parquet").write_bytes(b"no")
+    with pytest.raises(DatasetError, match=r"train-chat-00001\.parquet: not a readable index: .*see `omniprep verify`"):
         diff(before, str(other))
-    (other / "train-00001.parquet").unlink()
-    with pytest.raises(DatasetError, match=r"train-00001\.parquet is missing, though the manifest names it"):
+    (other / "train-chat-00001.parquet").unlink()
+    with pytest.raises(DatasetError, match=r"train-chat-00001\.parquet is missing, though the manifest names it"):
         diff(before, str(other))
     with pytest.raises(DatasetError, match="no dataset"):
         diff(before, str(tmp_path / "data"))
