@@ -43,6 +43,8 @@ class Reason(StrEnum):
     """The container has no stream of the kind asked for."""
     MEDIA_RANGE = "media_range"
     """A cut, frame count or rate that the media cannot satisfy."""
+    MEDIA_OVER_LIMIT = "media_over_limit"
+    """The file states more channels, frames, pixels or time, or another sample rate, than OmniPrep takes."""
     AUDIO_TOO_SHORT = "audio_too_short"
     AUDIO_TOO_LONG = "audio_too_long"
     AUDIO_NOT_FINITE = "audio_not_finite"

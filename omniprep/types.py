@@ -49,7 +49,7 @@ class MediaFile:
         """Open for reading; the caller closes. A pipe that was put in the file's place is empty rather than waited for."""
         if self.path is None:
             return BytesIO(self.data or b"")
-        return open(self.path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: PTH123
+        return open(self.path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
 
     @property
     def num_bytes(self) -> int:

@@ -66,6 +66,7 @@ class ThinkerEncoder:
         self.profile = profile
         self.media = MediaEncoder(config, profile, compute_mel, cache)
         self.tokenizer = load_tokenizer(config.tokenizer)
+        self.tokenizer.encode_constant("\n")  # built now, once, for all processes that are forked from this one
         self.template = ChatTemplate(config.template, profile)
 
     def encode(self, record: Record, *, key: str, resolve: Resolve, add_generation_prompt: bool = False) -> EncodedSample:

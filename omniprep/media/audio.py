@@ -24,7 +24,7 @@ from pydantic import Field, model_validator
 
 from omniprep.config import Config
 from omniprep.errors import Reason, RejectSample
-from omniprep.media.sound_tracks import AudioInfo, SoundTrack, open_sound_track
+from omniprep.media.sound_tracks import MAX_SAMPLE_RATE_HZ, MIN_SAMPLE_RATE_HZ, AudioInfo, SoundTrack, open_sound_track
 from omniprep.profile import QWEN2_5_OMNI, ModelProfile
 from omniprep.types import AudioClip, Float32Array, MediaFile
 
@@ -46,6 +46,10 @@ class AudioConfig(Config):
     max_seconds: float = Field(default=QWEN2_5_OMNI.max_audio_s, ge=1)
     on_too_long: Literal["error", "split", "truncate"] = "error"
     """A clip over `max_seconds` is rejected, becomes consecutive clips, or loses its end (which is recorded)."""
+    max_source_seconds: float = Field(default=6 * 3600, ge=1)
+    """Longest sound that `split` and `truncate` take: all that is split is in memory at once, 230 MB an hour."""
+    max_channels: int = Field(default=64, ge=1)
+    """Files of more channels are rejected."""
 
     @model_validator(mode="after")
     def _soxr_has_no_device(self) -> "AudioConfig":
@@ -57,9 +61,12 @@ class AudioConfig(Config):
 DEFAULT_AUDIO_CONFIG = AudioConfig()
 
 
-def probe_audio(media: MediaFile, profile: ModelProfile = QWEN2_5_OMNI) -> AudioInfo:
+def probe_audio(
+    media: MediaFile, profile: ModelProfile = QWEN2_5_OMNI, *, config: AudioConfig = DEFAULT_AUDIO_CONFIG
+) -> AudioInfo:
     """Return what the headers say, without decoding. Raises `RejectSample` as `decode_audio` does for the same headers."""
     with open_sound_track(media, profile) as track:
+        _check_info(media, track.info, config)
         if track.num_samples == 0:
             raise _no_samples(media, None)
         return track.info
@@ -77,26 +84,30 @@ def decode_audio(
     """Return the sound in [start_s, end_s) as one clip, or as several consecutive ones where the config says `split`.
 
     An end beyond the file's end keeps what is there. `may_split=False` is for a video's track, which cannot be several
-    items. Raises `RejectSample`: as `open_sound_track`; MEDIA_RANGE for a cut outside the file; AUDIO_TOO_LONG,
-    AUDIO_TOO_SHORT (no token would come of it), AUDIO_NOT_FINITE.
+    items. Raises `RejectSample`: as `open_sound_track`; MEDIA_RANGE for a cut outside the file; MEDIA_OVER_LIMIT,
+    AUDIO_TOO_LONG, AUDIO_TOO_SHORT (no token would come of it), AUDIO_NOT_FINITE.
     """
     limit = round(config.max_seconds * profile.sample_rate_hz)
+    most = max(limit, round(config.max_source_seconds * profile.sample_rate_hz))
     with open_sound_track(media, profile) as track:
         info = track.info
+        _check_info(media, info, config)
         cut = _cut(track, start_s, end_s, media.name)
         splits = config.on_too_long == "split" and may_split
         if config.on_too_long != "truncate" and not splits:
             _reject_by_header(media, cut, info, config)
-        keep = None if splits else limit + 1
+        keep = (most if splits else limit) + 1
         blocks = _Counted(track.read(cut.first, cut.stop))
         waveform = resample(iter(blocks), info.sample_rate_hz, profile.sample_rate_hz, max_samples=keep, backend=config.backend)
         first_s = info.start_s + cut.first / info.sample_rate_hz
         truncated_from_s = None
+        if splits and len(waveform) > most:
+            raise _far_too_long(media, config)
         if not splits and len(waveform) > limit:
             if config.on_too_long != "truncate":
                 raise _too_long(media, f"over {config.max_seconds:g} s", config)
             waveform = waveform[:limit]
-            truncated_from_s = _whole_length_s(cut, blocks, info)
+            truncated_from_s = _whole_length_s(media, cut, blocks, info, config)
     _check_waveform(media, waveform, cut, profile)
     edges = _split_edges(len(waveform), limit, profile) if splits else [0, len(waveform)]
     return tuple(
@@ -237,12 +248,33 @@ def _too_long(media: MediaFile, length: str, config: AudioConfig) -> RejectSampl
     )
 
 
-def _whole_length_s(cut: _Cut, blocks: _Counted, info: AudioInfo) -> float:
+def _far_too_long(media: MediaFile, config: AudioConfig) -> RejectSample:
+    return RejectSample(
+        Reason.AUDIO_TOO_LONG,
+        f"{media.name}: over max_source_seconds={config.max_source_seconds:g} of sound; cut the file, or raise the limit",
+    )
+
+
+def _check_info(media: MediaFile, info: AudioInfo, config: AudioConfig) -> None:
+    """Refuse what would cost far more memory or time than the file's size lets expect."""
+    if info.num_channels > config.max_channels:
+        raise RejectSample(
+            Reason.MEDIA_OVER_LIMIT, f"{media.name}: {info.num_channels} channels of sound > max_channels={config.max_channels}"
+        )
+    if not MIN_SAMPLE_RATE_HZ <= info.sample_rate_hz <= MAX_SAMPLE_RATE_HZ:
+        raise RejectSample(
+            Reason.MEDIA_OVER_LIMIT,
+            f"{media.name}: a sample rate of {info.sample_rate_hz} Hz, expected {MIN_SAMPLE_RATE_HZ} to {MAX_SAMPLE_RATE_HZ}",
+        )
+
+
+def _whole_length_s(media: MediaFile, cut: _Cut, blocks: _Counted, info: AudioInfo, config: AudioConfig) -> float:
     """Return the length before truncation: by the header if it is sure, else by reading on to the end."""
     if cut.num_promised is not None:
         return cut.num_promised / info.sample_rate_hz
     for _ in blocks:
-        pass
+        if blocks.num_samples > config.max_source_seconds * info.sample_rate_hz:
+            raise _far_too_long(media, config)
     return blocks.num_samples / info.sample_rate_hz
 
 

@@ -31,6 +31,13 @@ _TURNED = (5, 6, 7, 8)
 _ORIENTATION_TAG = 0x0112
 _PILLOW_LIMIT = 178_956_970
 """Pillow itself refuses pictures above this."""
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI", "TGA", "SGI", "PCX")
+"""Formats that Pillow may recognise: pictures proper. EPS would start Ghostscript, an icon holds another picture of any size."""
+_MAX_SIDE_PX = 1_000_000
+"""Decoders keep a table of rows: a picture one pixel wide costs them ten times its pixels."""
+_JPEG_SCAN = b"\xff\xda"
+_MAX_JPEG_SCANS = 100
+"""Each scan of a progressive JPEG is a pass over the whole picture; encoders write about ten, and 200 kB can hold 20,000."""
 
 
 class ImageConfig(Config):
@@ -147,8 +154,15 @@ def _rejecting(name: str) -> Iterator[None]:
 def _probe(data: bytes, name: str, max_source_pixels: int) -> ImageInfo:
     from PIL import Image
 
-    with _rejecting(name), Image.open(BytesIO(data)) as picture:
+    with _rejecting(name), Image.open(BytesIO(data), formats=_FORMATS) as picture:
         width, height = picture.size
+        if max(width, height) > _MAX_SIDE_PX:
+            raise RejectSample(
+                Reason.IMAGE_TOO_LARGE, f"{name}: {width}x{height}: expected sides of at most {_MAX_SIDE_PX} pixels"
+            )
+        num_scans = data.count(_JPEG_SCAN) if picture.format in ("JPEG", "MPO") else 0
+        if num_scans > _MAX_JPEG_SCANS:
+            raise RejectSample(Reason.MEDIA_CORRUPT, f"{name}: a JPEG of {num_scans} scans, expected at most {_MAX_JPEG_SCANS}")
         if width * height > max_source_pixels:
             raise RejectSample(
                 Reason.IMAGE_TOO_LARGE,
@@ -171,7 +185,7 @@ def _decode(data: bytes, info: ImageInfo, name: str, least: tuple[int, int] | No
     if info.format == "JPEG" and info.mode == "RGB":
         pixels = _decode_jpeg(data, least)
     if pixels is None:
-        with _rejecting(name), Image.open(BytesIO(data)) as picture:
+        with _rejecting(name), Image.open(BytesIO(data), formats=_FORMATS) as picture:
             picture.load()
             pixels = _to_rgb(picture, name)
     return np.ascontiguousarray(_upright(pixels, info.orientation))

@@ -21,6 +21,12 @@ from omniprep.types import Float32Array, MediaFile
 
 BLOCK_SAMPLES = 1 << 17
 """Samples of one channel in a block: 0.5 MB a channel, 2.7 s at 48 kHz."""
+MAX_BLOCK_VALUES = BLOCK_SAMPLES * 8
+"""Values of all channels in a block."""
+MIN_SAMPLE_RATE_HZ, MAX_SAMPLE_RATE_HZ = 1000, 1_000_000
+"""Sampled more slowly a few bytes would become hours; no converter samples sound more quickly."""
+_NO_LENGTH = 1 << 62
+"""libsndfile's length of a file that does not say how long it is is a little under 2^63."""
 SEEK_FROM_S = 10.0
 """Cuts that start later are sought; earlier ones are decoded from the beginning, which counts samples exactly."""
 SEEK_LEAD_S = 1.0
@@ -140,7 +146,10 @@ def _soundfile_track(sound_file: Any, name: str) -> SoundTrack:
     import soundfile
 
     num_samples, rate = int(sound_file.frames), int(sound_file.samplerate)
-    is_guess = sound_file.format in ("MP3", "MPEG")  # without a Xing header its length is a guess by bit rate
+    has_length = num_samples < _NO_LENGTH
+    # Without a Xing header an MP3's length is a guess by bit rate.
+    is_guess = not has_length or sound_file.format in ("MP3", "MPEG")
+    block_samples = min(BLOCK_SAMPLES, max(1, MAX_BLOCK_VALUES // int(sound_file.channels)))
     # The same values as libsndfile's own conversion, which goes sample by sample: a third of the time.
     dtype = "int16" if sound_file.subtype == "PCM_16" else "float32"
 
@@ -151,7 +160,7 @@ def _soundfile_track(sound_file: Any, name: str) -> SoundTrack:
             if position:
                 sound_file.seek(position)
             while position < last:
-                block = sound_file.read(min(BLOCK_SAMPLES, last - position), dtype=dtype, always_2d=True)
+                block = sound_file.read(min(block_samples, last - position), dtype=dtype, always_2d=True)
                 if not len(block):
                     break
                 position += len(block)
@@ -162,7 +171,7 @@ def _soundfile_track(sound_file: Any, name: str) -> SoundTrack:
             raise _cut_off(name, position / rate, num_samples / rate)
 
     info = AudioInfo(
-        duration_s=num_samples / rate,
+        duration_s=num_samples / rate if has_length else None,
         sample_rate_hz=rate,
         num_channels=int(sound_file.channels),
         codec=sound_file.subtype.lower(),
@@ -197,6 +206,8 @@ def _pyav_track(container: Any, name: str) -> SoundTrack:
 
     stream = container.streams.best("audio")
     if stream is None:
+        if container.streams.audio:
+            raise RejectSample(Reason.MEDIA_CORRUPT, f"{name}: its sound cannot be decoded; is the file damaged?")
         kinds = ", ".join(sorted({other.type for other in container.streams})) or "no"
         raise RejectSample(Reason.MEDIA_NO_STREAM, f"{name}: expected an audio stream, the file has {kinds} streams only")
     for other in container.streams:

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from omniprep.errors import Reason, RejectSample
+from omniprep.errors import Reason, RejectSample, printable
 from omniprep.types import Float64Array, Int64Array, MediaFile
 
 _FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,mpegts,mpeg,mpegvideo,asf,ogg,gif,mxf,ivf,nut,h264,hevc,wtv,rm,dv,apng"
@@ -24,6 +24,12 @@ _DECORD_CODECS = ("h264", "hevc", "vp8", "vp9", "mpeg4", "mjpeg")
 _DECORD_PIXELS = ("yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p")
 _MAX_PACKETS_TO_FIRST_FRAME = 300
 _MAX_MOVIE_BOX = 64 << 20
+MAX_FRAME_PIXELS = 1 << 26
+"""8192 x 8192; decoders hold several frames of 1.5 to 8 bytes a pixel."""
+MAX_PACKETS = 1_000_000
+"""9 hours at 30 frames a second. A packet may be one byte in the file and costs 200 here."""
+MAX_TIME_S = 1e7
+"""116 days: position ids count 25 to the second, in 32 bits."""
 _MIN_SHARE_STAMPED = 0.9
 _DURATION_TAG = re.compile(r"(\d{1,6}):(\d{1,2}):(\d{1,2}(?:\.\d{1,12})?)$", re.ASCII)
 _UNSTAMPED = np.iinfo(np.int64).min
@@ -120,7 +126,7 @@ def reading_video(media: MediaFile) -> Iterator[None]:
     try:
         yield
     except RejectSample as error:
-        raise error if error.detail.startswith(media.name) else error.at(media.name) from None
+        raise error if error.detail.startswith(printable(media.name)) else error.at(media.name) from None
     except (PermissionError, IsADirectoryError) as error:
         raise RejectSample(Reason.MEDIA_UNREADABLE, f"{media.name}: {error.strerror}", retryable=True) from None
     except av.error.FFmpegError as error:
@@ -139,6 +145,12 @@ def _video_stream(container: Any) -> Any:
         raise RejectSample(Reason.MEDIA_CORRUPT, "no decoder for the video stream; transcode it, for example to H.264")
     stream.thread_type = "NONE"  # records are decoded in parallel, not frames
     stream.codec_context.thread_count = 1
+    stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # for frames that differ from the header
+    if stream.codec_context.width * stream.codec_context.height > MAX_FRAME_PIXELS:
+        raise RejectSample(
+            Reason.MEDIA_OVER_LIMIT,
+            f"frames of {stream.codec_context.width}x{stream.codec_context.height}, expected at most {MAX_FRAME_PIXELS} pixels",
+        )
     return stream
 
 
@@ -191,6 +203,8 @@ def _scan(container: Any, stream: Any, *, may_be_turned: bool) -> tuple[_Packets
     for packet in container.demux(stream):
         if not packet.size:
             continue
+        if len(pts) == MAX_PACKETS:
+            raise RejectSample(Reason.MEDIA_OVER_LIMIT, f"a video of over {MAX_PACKETS} packets; cut the file")
         if must_decode and first_frame is None and len(pts) < _MAX_PACKETS_TO_FIRST_FRAME and (packet.is_keyframe or pts):
             first_frame = _decode_now(stream.codec_context, packet, av.error.FFmpegError)
         pts.append(packet.pts)
@@ -301,6 +315,11 @@ def _describe(media: MediaFile, container: Any, stream: Any, *, packets: _Packet
         fps = float(rate) if rate else 25.0
         times_s = np.arange(num_frames) / fps
         last_s = 1 / fps
+    if not np.abs(times_s[[0, -1]]).max() + last_s < MAX_TIME_S:
+        raise RejectSample(
+            Reason.MEDIA_OVER_LIMIT,
+            f"time stamps from {times_s[0]:g} s to {times_s[-1]:g} s, expected less than {MAX_TIME_S:g} s",
+        )
     _reject_truncated(media, container, stream, packets=packets, end_s=float(times_s[-1]) + last_s, fps=fps)
     audio = container.streams.audio[0] if container.streams.audio else None
     audio_start_s = None

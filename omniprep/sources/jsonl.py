@@ -6,12 +6,13 @@ A row that is not strict JSON (RFC 8259, UTF-8, no duplicate keys) becomes a `Ro
 a compressed file of which the beginning can be read.
 """
 
+import io
 import json
 import mmap
 import re
 import zlib
 from collections.abc import Iterator
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 from omniprep.errors import ConfigError, Reason, RejectSample
 from omniprep.sources.base import FilesSource
@@ -145,17 +146,13 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant,
 def _rows(file: InputFile) -> Iterator[_Line]:
     """Yield the rows of a whole file. Raises `ConfigError` if it is not text."""
     with open_input(file.path) as handle:
-        head, damage = read_to_damage(handle, file.path, _PEEK_BYTES)
-        if damage is not None and not head:
-            raise ConfigError(f"{file.path}: cannot be read: {damage}")
-        if b"\0" in head:
+        if b"\0" in cast(io.BufferedReader, handle).peek(_PEEK_BYTES)[:_PEEK_BYTES]:
             raise ConfigError(f"{file.path}: expected lines of JSON in UTF-8, got binary data (or UTF-16)")
-    if _is_one_value(file.path):
-        data, damage = _read_whole(file.path)
-        yield from _elements(data, damage=damage)
-        return
-    with open_input(file.path) as handle:
-        yield from _lines(handle, file.path, offset=0, line=1)
+        if not _is_one_value(file.path):
+            yield from _lines(handle, file.path, offset=0, line=1)
+            return
+    data, damage = _read_whole(file.path)
+    yield from _elements(data, damage=damage)
 
 
 def _slice_rows(piece: Slice) -> Iterator[tuple[_Line, bool]]:

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO, Literal, NamedTuple
 
-from omniprep.errors import ConfigError, Reason, RejectSample
+from omniprep.errors import ConfigError, Reason, RejectSample, printable
 from omniprep.sources.base import FilesSource
 from omniprep.sources.files import check_unchanged, compression_of, find_files, one_line, open_input
 from omniprep.sources.jsonl import parse_json
@@ -23,6 +23,14 @@ from omniprep.sources.partitions import InputFile, Partition, Row, Slice, Unit, 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "avif"})
 AUDIO_SUFFIXES = frozenset({"wav", "flac", "mp3", "ogg", "oga", "opus", "m4a", "aac", "aif", "aiff", "wma", "amr"})
 VIDEO_SUFFIXES = frozenset({"mp4", "mkv", "webm", "avi", "mov", "m4v", "mpg", "mpeg", "ts", "flv", "wmv", "3gp", "npy"})
+MAX_SAMPLE_BYTES = 2 << 30
+"""All members of a sample are in memory at once."""
+MAX_SAMPLE_MEMBERS = 10_000
+_MAX_STATED_BYTES = 64 << 30
+_MAX_EXTENSION_BYTES = 1 << 20
+_EXTENSIONS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+_MEMBER_FACTS = ("path", "size", "linkpath")
+"""What a global header may not state: a partition starts reading behind it."""
 _MEDIA_KEYS = frozenset(
     {"image", "images", "image_url", "audio", "audios", "audio_url", "video", "videos", "video_url", "audio_track", "url", "path"}
 )
@@ -64,7 +72,7 @@ class WebDatasetSource(FilesSource):
             base = self._base_of(piece.path)
             num_read = 0
             for sample in _slice_samples(piece):
-                place = f"{piece.name}/{sample.key}"
+                place = printable(f"{piece.name}/{sample.key}")
                 try:
                     value: Any = _row_value(sample)
                     error = None
@@ -96,18 +104,43 @@ def _slice_samples(piece: Slice) -> Iterator[_Sample]:
 
 
 class _DamagedHeaderError(Exception):
-    """Not one of `tarfile`'s own, which it takes for the end of the archive."""
+    """Not one of `tarfile`'s own, which it takes for the end of the archive. `offset` is where reading finds it again."""
+
+    offset: int | None = None
 
 
 class _Header(tarfile.TarInfo):
+    """A member's header. Nothing that it says is believed before it is checked: sizes may be negative, or more than there is."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
+        info = super().frombuf(buf, encoding, errors)
+        if not 0 <= info.size <= _MAX_STATED_BYTES:
+            raise _DamagedHeaderError(f"a member of {info.size} bytes")
+        if info.type in _EXTENSIONS and info.size > _MAX_EXTENSION_BYTES:
+            raise _DamagedHeaderError(f"a header extension of {info.size} bytes")
+        return info
+
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> "_Header":
+        start = archive.offset
         try:
             return super().fromtarfile(archive)
+        except _DamagedHeaderError as damage:
+            damage.offset = start
+            raise
         except tarfile.HeaderError as error:
             if type(error).__name__ not in ("InvalidHeaderError", "TruncatedHeaderError"):
                 raise  # the end of the archive, with or without its mark
-            raise _DamagedHeaderError(f"{one_line(error)} at byte {archive.offset}") from None
+            raise _damaged(f"{one_line(error)} at byte {start}", start) from None
+        except (ValueError, ArithmeticError, LookupError, RecursionError) as error:  # of extensions, which tarfile believes
+            raise _damaged(f"a header extension at byte {start}: {one_line(error):.100}", start) from None
+
+
+def _damaged(detail: str, offset: int) -> _DamagedHeaderError:
+    damage = _DamagedHeaderError(detail)
+    damage.offset = offset
+    return damage
 
 
 def _samples(handle: BinaryIO, *, start: int, seekable: bool, with_data: bool, num_skipped: int = 0) -> Iterator[_Sample]:
@@ -120,33 +153,61 @@ def _samples(handle: BinaryIO, *, start: int, seekable: bool, with_data: bool, n
     number = -1  # of the open sample; those before `num_skipped` are not yielded
     key = None
     offset, checksum, error = start, 0, None
+    sample_bytes, too_much = 0, None
     members: list[_Member] = []
     archive: Any = None
     try:
         archive = tarfile.open(fileobj=handle, mode="r:" if seekable else "r|", tarinfo=_Header)  # noqa: SIM115 - holds only `handle`
         while (info := archive.next()) is not None:
             archive.members = []  # tarfile keeps every header that it has seen
+            _check_extensions(info, archive)
             if not info.isfile():
                 continue
-            new_key, _ = _split_name(info.name)
+            name = info.name.encode("utf-8", "backslashreplace").decode()  # bytes that are no UTF-8 come as surrogates
+            new_key, _ = _split_name(name)
             if new_key != key:
                 if number >= num_skipped:
-                    yield _Sample(str(key), offset, members, None, checksum)
+                    yield _Sample(str(key), offset, members, too_much, checksum)
                 key, members, offset, checksum, number = new_key, [], info.offset, 0, number + 1
-            if num_bytes is not None and info.offset_data + info.size > num_bytes:
-                raise tarfile.ReadError(f"{info.name} ends after {num_bytes - info.offset_data} of {info.size} bytes")
-            wanted = with_data and number >= num_skipped
-            members.append(_Member(info.name, archive.extractfile(info).read() if wanted else None))
-            checksum = zlib.crc32(f"{info.name}/{info.size}/{info.mtime}/{info.chksum}".encode(), checksum)
+                sample_bytes, too_much = 0, None
+            if num_bytes is not None and not info.issparse() and info.offset_data + info.size > num_bytes:
+                raise tarfile.ReadError(f"{name} ends after {num_bytes - info.offset_data} of {info.size} bytes")
+            checksum = zlib.crc32(f"{name}/{info.size}/{info.mtime}/{info.chksum}".encode(), checksum)
+            sample_bytes += info.size
+            too_much = too_much or _too_much(info, name, sample_bytes, len(members))
+            if too_much is None:
+                wanted = with_data and number >= num_skipped
+                members.append(_Member(name, archive.extractfile(info).read() if wanted else None))
     except _DamagedHeaderError as damage:
         if number >= num_skipped:
-            yield _Sample(str(key), offset, members, None, checksum)
-        offset = start if archive is None else archive.offset
+            yield _Sample(str(key), offset, members, too_much, checksum)
+        offset = start if damage.offset is None else damage.offset
         key, members, error, number = f"byte {offset}", [], str(damage), number + 1
     except (tarfile.TarError, EOFError, zlib.error, OSError) as damage:
         key, error, number = key or f"byte {start}", one_line(damage), max(number, 0)
     if key is not None and number >= num_skipped:
-        yield _Sample(key, offset, members, error and f"the tar is damaged: {error}; what follows is lost", checksum)
+        told = f"the tar is damaged: {error}; what follows is lost" if error else too_much
+        yield _Sample(key, offset, members, told, checksum)
+
+
+def _check_extensions(info: tarfile.TarInfo, archive: tarfile.TarFile) -> None:
+    """Refuse what extended headers changed: a size that leads backwards, facts of all members stated in front of them."""
+    if not 0 <= info.size <= _MAX_STATED_BYTES and not info.issparse():
+        raise _damaged(f"a member of {info.size} bytes", info.offset)
+    stated = [name for name in archive.pax_headers if name in _MEMBER_FACTS or name.startswith("GNU.sparse")]
+    if stated:
+        raise tarfile.ReadError(f"a global header that states `{stated[0]:.40}` of all members")
+
+
+def _too_much(info: tarfile.TarInfo, name: str, sample_bytes: int, num_members: int) -> str | None:
+    """Return why a sample cannot be taken whole, None if it can."""
+    if info.issparse():
+        return f"{name:.200}: a sparse member; write it whole"
+    if sample_bytes > MAX_SAMPLE_BYTES:
+        return f"{name:.200}: with this member the sample has {sample_bytes} bytes, expected at most {MAX_SAMPLE_BYTES}"
+    if num_members >= MAX_SAMPLE_MEMBERS:
+        return f"{name:.200}: the sample has over {MAX_SAMPLE_MEMBERS} members"
+    return None
 
 
 def _split_name(name: str) -> tuple[str, str]:

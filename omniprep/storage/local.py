@@ -85,7 +85,7 @@ class LocalFolder:
         try:
             with (self.path / name).open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def write_if(self, name: str, data: bytes, version: str | None) -> None:

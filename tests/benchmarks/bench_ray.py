@@ -16,7 +16,7 @@ from ratios import Ratio
 from omniprep.config import parse_config
 from omniprep.prepare import prepare
 from omniprep.recipe import Recipe
-from omniprep.run.ray import RayOptions, _session
+from omniprep.run.ray_cluster import RayOptions, session
 
 COPIES = {"film": 24, "speech": 200, "text": 16}
 """How often each small corpus is repeated, so that each takes about the same time and all together about 15 s."""
@@ -42,7 +42,7 @@ def _recipe(folder: Path) -> Recipe:
 def run() -> list[Ratio]:
     """Return the speed-up of the second worker."""
     walls: dict[int, list[float]] = {2: [], 1: []}
-    with tempfile.TemporaryDirectory() as name, _session(RayOptions(num_workers=2)):
+    with tempfile.TemporaryDirectory() as name, session(RayOptions(num_workers=2)):
         recipe = _recipe(Path(name))
         _wall_s(recipe, 2)  # both workers import, build their encoder and read the corpus once
         for _ in range(PAIRS):

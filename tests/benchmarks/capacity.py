@@ -17,6 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import argparse
 import hashlib
+import itertools
 import json
 import shutil
 import subprocess
@@ -145,6 +146,14 @@ class Run:
         return max(inside, default=0.0)
 
     @property
+    def shards_per_s(self) -> float:
+        """Return how fast shards came once the first was there: starting Ray is no matter of the number of records."""
+        growing = [one for earlier, one in itertools.pairwise(self.samples) if one.num_shards > earlier.num_shards]
+        if len(growing) < 2:
+            return 0.0
+        return (growing[-1].num_shards - growing[0].num_shards) / (growing[-1].at_s - growing[0].at_s)
+
+    @property
     def together_mb(self) -> float:
         """Return the largest memory of all processes together."""
         return max((sample.together_mb for sample in self.samples if sample.together_mb is not None), default=0.0)
@@ -213,7 +222,7 @@ def _tree(pid: int) -> Iterator[int]:
 def _role(command: bytes) -> str:
     if command.startswith(b"ray::"):
         return "worker"
-    return "guard" if b"omniprep.run.guard" in command else "ray"
+    return "guard" if b"omniprep.run.nursery" in command else "ray"
 
 
 def _proportional_mb(pid: int) -> float:
@@ -231,7 +240,9 @@ def build(folder: Path, name: str, count: int, *, workers: int, rows_per_partiti
     prepare = ["-m", "omniprep", "prepare", str(recipe), "--workers", str(workers)]
     built = measure(prepare, output=output)
     console.print(f"\n{count:,} {name} records, {built.output.strip().splitlines()[-1]}", highlight=False)
-    console.print(f"prepare: {built.seconds:,.1f} s, {count / built.seconds:,.0f} records/s", highlight=False)
+    num_shards = max(sample.num_shards for sample in built.samples)
+    steady = f"{count * built.shards_per_s / max(1, num_shards):,.0f} records/s once the first shard was there"
+    console.print(f"prepare: {built.seconds:,.1f} s, {steady}; load of the machine {os.getloadavg()[1]:.1f}", highlight=False)
     console.print(_memory_table(built))
     table = Table("", "seconds", "peak MB", title="afterwards", title_justify="left")
     for title, run in _afterwards(folder, name, recipe, output, prepare):

@@ -6,11 +6,24 @@ A line `start N` before each row and a JSON line after it; a parent that sees no
 """
 
 import json
+import re
 import resource
 import sys
 import time
 from functools import partial
 from pathlib import Path
+
+
+def reset_peak() -> None:
+    """Begin a new high-water mark of this process's memory."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_mb() -> int:
+    """Return the largest resident size since `reset_peak`."""
+    match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match is not None
+    return int(match[1]) >> 10
 
 
 def main(rows: Path, first: int, memory_mb: int) -> None:
@@ -27,6 +40,7 @@ def main(rows: Path, first: int, memory_mb: int) -> None:
         if number < first:
             continue
         print(f"start {number}", flush=True)
+        reset_peak()
         started_s = time.perf_counter()
         outcome, detail = "encoded", ""
         try:
@@ -43,19 +57,9 @@ def main(rows: Path, first: int, memory_mb: int) -> None:
 
             outcome = f"bug: {type(error).__name__}"
             detail = f"{error} at {traceback.extract_tb(error.__traceback__)[-3:]}"
-        peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-        print(
-            json.dumps(
-                {
-                    "number": number,
-                    "outcome": outcome,
-                    "detail": detail,
-                    "seconds": time.perf_counter() - started_s,
-                    "peak_mb": peak_mb,
-                }
-            ),
-            flush=True,
-        )
+        seconds = time.perf_counter() - started_s
+        values = {"number": number, "outcome": outcome, "detail": detail, "seconds": seconds, "peak_mb": peak_mb()}
+        print(json.dumps(values), flush=True)
 
 
 if __name__ == "__main__":

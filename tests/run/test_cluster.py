@@ -21,8 +21,8 @@ import pytest
 import omniprep
 from omniprep.errors import ConfigError
 from omniprep.run import metrics
-from omniprep.run import ray as on_ray
 from omniprep.run.ray import RayOptions, WorkerLost, map_partitions
+from omniprep.run.ray_cluster import DRIVER_ENVIRONMENT
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]
 
@@ -119,7 +119,7 @@ def build_gpu(folder: Path):
 @pytest.fixture(scope="module")
 def cluster() -> Iterator["object"]:
     """A head without CPUs and one node of one CPU; tests add what they break."""
-    os.environ.update(on_ray._DRIVER_ENVIRONMENT)
+    os.environ.update(DRIVER_ENVIRONMENT)
     from ray.cluster_utils import Cluster
 
     port = free_port()

@@ -60,8 +60,9 @@ def test_serial_keeps_the_order_and_builds_once() -> None:
 def cluster():
     """Start Ray once for this file; a session that is there already is joined and left alone."""
     from omniprep.run import ray as on_ray
+    from omniprep.run.ray_cluster import session
 
-    with on_ray._session(on_ray.RayOptions(num_workers=2)):
+    with session(on_ray.RayOptions(num_workers=2)):
         yield on_ray
 
 
@@ -98,7 +99,7 @@ class TestRay:
 
 
 def test_an_address_where_nothing_listens_is_a_config_error() -> None:
-    from omniprep.run import ray as on_ray
+    from omniprep.run.ray_cluster import check_reachable
 
     with pytest.raises(ConfigError, match=r"--address 127.0.0.1:9: no Ray cluster answers there"):
-        on_ray._check_reachable("127.0.0.1:9")
+        check_reachable("127.0.0.1:9")

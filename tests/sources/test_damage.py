@@ -98,7 +98,7 @@ def test_the_rows_after_a_damaged_file_are_read(tmp_path: Path) -> None:
 def test_a_file_of_which_no_row_is_whole_is_a_config_error(tmp_path: Path, text: str) -> None:
     data = gzip.compress(text.encode())
     (tmp_path / "a.json.gz").write_bytes(data[:14])
-    with pytest.raises(ConfigError, match=r"a\.json\.gz: cannot be read: .*ends? "):
+    with pytest.raises(ConfigError, match=r"a\.json\.gz: cannot be read: Compressed file ended before"):
         rows_of(JsonlSource(name="s", path=str(tmp_path / "a.json.gz")), 100)
 
 
