@@ -13,7 +13,7 @@ LAYERS = {
     **dict.fromkeys(("tokens", "sources", "shards"), 3),
     **dict.fromkeys(("encode", "stream"), 4),
     **dict.fromkeys(("prepare", "plan", "recipe", "receipts", "schema", "verify", "verify_sample", "verify_reference"), 5),
-    **dict.fromkeys(("reference", "encode_files", "inspect", "audit", "train", "diff", "quarantine_report"), 5),
+    **dict.fromkeys(("reference", "encode_files", "inspect", "audit", "train", "diff", "quarantine_report", "partition_size"), 5),
     **dict.fromkeys(("cli", "__main__"), 6),
 }
 ONLY_IN = {"ray": {"run/ray"}, "torch": {"train/", "features/", "media/", "reference.py", "verify_reference.py"}}
