@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 DEFAULT_WORKER_BYTES = 1_500_000_000
-"""What a worker and its decoding process are given where the recipe says nothing: about twice what an hour of 1080p takes."""
+"""What a worker and its decoding process are given where the recipe says nothing. Together they hold about 0.8 GB at their
+peak, an hour of 1080p with the fast resize, and 1.4 GB with the exact one, which loads torch."""
 
 Node = Mapping[str, float]
 """What a living node offers: `CPU`, `memory` in bytes, `GPU`."""

@@ -44,7 +44,7 @@ class Counts:
     planned_rows: int | None = None
     finished: Done = field(default_factory=Done)
     in_flight: Done = field(default_factory=Done)
-    started_s: float = field(default_factory=lambda: time.monotonic())
+    started_s: float = field(default_factory=time.monotonic)
 
     def advance(self, *, num_rows: int, num_rejected: int, num_bytes: int) -> None:
         """Count one more finished partition."""
@@ -116,7 +116,7 @@ def show_progress(title: str, *, num_partitions: int, num_rows: int | None = Non
     from rich.console import Console
 
     console = Console(stderr=True)
-    counts = Counts(planned_rows=num_rows)
+    counts = Counts(planned_rows=num_rows, started_s=time.monotonic())
     before = metrics.totals()
     with (_bar if console.is_terminal else _lines)(title, num_partitions, console) as show:
         yield _Shown(counts, show)

@@ -46,7 +46,8 @@ class RayOptions:
     """How to run on Ray."""
 
     num_workers: int | None = None
-    """Partitions at a time; None: as many as the CPUs and the memory of the machine or cluster hold, while it runs."""
+    """Partitions at a time; None: as many as the CPUs and the memory of the machine or cluster hold at that time, and one
+    more in a cluster's queue, for its autoscaler."""
     address: str | None = None
     """Cluster to join (`auto`, `ray://host:10001`, `host:6379`); None: start Ray in this process and stop it at the end."""
     max_retries: int = 3
@@ -87,6 +88,7 @@ class _Width:
         self._options = options
         self._due_s = 0.0
         self._told_s = time.monotonic() - _TELL_EVERY_S / 2  # an autoscaler gets half a minute before anything is said
+        self._told_narrow = False
         self._now = (1, Needs(memory_bytes=0))
 
     def now(self) -> tuple[int, Needs]:
@@ -103,8 +105,14 @@ class _Width:
         if not num_fit and time.monotonic() - self._told_s >= _TELL_EVERY_S:
             self._told_s = time.monotonic()
             _log.warning("waiting: %s", describe_shortage(nodes, needs))
-        # One is asked for even if none fits: that is what an autoscaler answers to.
-        return max(1, num_fit if self._options.num_workers is None else self._options.num_workers), needs
+        wanted = self._options.num_workers
+        if wanted is not None and 0 < num_fit < wanted and not self._told_narrow:
+            self._told_narrow = True
+            _log.warning("%d workers were asked for; by CPUs and memory %d fit at a time now", wanted, num_fit)
+        # One more than fits, even if none fits, waits in the queue of a cluster: that is what an autoscaler goes by.
+        # Actors are not queued: they would keep their item until there is a GPU for them.
+        queued = 1 if self._options.address is not None and not self._options.num_gpus else 0
+        return max(1, num_fit + queued if wanted is None else wanted), needs
 
 
 def _living_nodes() -> list[Node]:

@@ -36,7 +36,9 @@ def call(
         )
     work = _FUNCTIONS.get(cache_key)
     if work is None:
-        _FUNCTIONS.clear()  # an encoder is large and an earlier run's is not needed again
+        for earlier in _FUNCTIONS.values():  # an encoder is large and an earlier run's is not needed again
+            getattr(earlier, "close", lambda: None)()
+        _FUNCTIONS.clear()
         work = _FUNCTIONS[cache_key] = build()
     report = Reporter(collector, name)
     start_s = time.monotonic()

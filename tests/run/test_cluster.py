@@ -248,7 +248,7 @@ def test_a_run_in_which_every_partition_dies_stops_early(cluster, tmp_path: Path
                 cache_key="hopeless",
             )
         )
-    assert len(marks(tmp_path)) <= 11
+    assert len(marks(tmp_path)) <= 12
 
 
 def test_a_killed_driver_takes_its_tasks_along_and_another_can_follow(cluster, tmp_path: Path) -> None:
