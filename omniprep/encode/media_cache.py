@@ -34,7 +34,7 @@ from omniprep.storage.local import PARTIAL_SUFFIX, LocalFolder
 from omniprep.types import EncodedAudio, MediaFile
 
 CACHE_VERSION = 1
-"""Of the entries' own form."""
+"""Of the entries' own form; to be raised as well by a change between two releases of what any decoding step gives."""
 _MAGIC = b"omniprep medium\n"
 _DIGEST_BYTES = 32
 _MAX_FAILED_READS = 3
