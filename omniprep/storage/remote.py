@@ -92,10 +92,6 @@ class RemoteFolder:
         """Return whether any file lies below the folder."""
         return self._do("", lambda store, path: store.is_folder(path))
 
-    def is_empty(self) -> bool:
-        """Return whether no file lies below it."""
-        return not self.exists()
-
     def read(self, name: str) -> bytes:
         """Return a whole file."""
         data, _ = self._do(name, lambda store, path: store.get(path, 0, None))
