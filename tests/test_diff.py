@@ -201,14 +201,29 @@ def test_what_a_record_says_cannot_command_a_terminal(tmp_path: Path) -> None:
 
 def test_a_damaged_dataset_is_told_in_one_line(before: str, tmp_path: Path) -> None:
     other = Path(build(tmp_path, [chat(99), *rows_of_a()]))
-    (other / "train-chat-00001.parquet").write_bytes(b"no")
-    with pytest.raises(DatasetError, match=r"train-chat-00001\.parquet: not a readable index: .*see `omniprep verify`"):
+    index = other / "train-chat-00001.parquet"
+    index.write_bytes(b"no")
+    with pytest.raises(DatasetError, match=rf"{index.name}: not a readable Parquet file: .*see `omniprep verify`"):
         diff(before, str(other))
-    (other / "train-chat-00001.parquet").unlink()
-    with pytest.raises(DatasetError, match=r"train-chat-00001\.parquet is missing, though the manifest names it"):
+    index.unlink()
+    with pytest.raises(DatasetError, match=rf"{index.name}: .*No such file .*see `omniprep verify`"):
         diff(before, str(other))
     with pytest.raises(DatasetError, match="no dataset"):
         diff(before, str(tmp_path / "data"))
+
+
+def test_datasets_at_urls_are_compared(before: str, tmp_path: Path) -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    url = f"memory://{tmp_path.name}/out"
+    memory.put(build(tmp_path, [*rows_of_a(), chat(14)]), url, recursive=True)
+    try:
+        found = diff(before, url)
+        assert counts(found) == {"added": 1} and found.sampled_same.num_records == 2
+        assert diff_record(before, url, "chat-00000011").parts == ()
+    finally:
+        memory.rm(url, recursive=True)
 
 
 def test_the_comparison_is_plain_json(before: str, tmp_path: Path) -> None:

@@ -14,10 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from omniprep.errors import DatasetError, printable
+from omniprep.inspect import find_rejection
 from omniprep.profile import IGNORE_INDEX
 from omniprep.receipts import differences
+from omniprep.shards.index import read_index_table
 from omniprep.shards.manifest import Manifest, Stored
 from omniprep.shards.members import from_members, read_facts
+from omniprep.shards.reader import ShardReader
 from omniprep.storage.folder import Folder
 from omniprep.tokens.vocab import TextTokenizer
 from omniprep.types import EncodedSample, Layout, Rejection
@@ -65,8 +68,6 @@ class RecordDiff(Stored):
 
 def read_record(folder: Folder, manifest: Manifest, shard: int, number: int) -> StoredRecord:
     """Return record `number` of a shard of the manifest. Raises `DatasetError`."""
-    from omniprep.shards.reader import ShardReader
-
     name = manifest.shards[shard].name
     with ShardReader(folder, name) as reader:
         members = reader.read_members(number)
@@ -78,29 +79,15 @@ def read_record(folder: Folder, manifest: Manifest, shard: int, number: int) -> 
 
 def find_record(folder: Folder, manifest: Manifest, key: str) -> StoredRecord | Rejection | None:
     """Return the record with this key (or the first with this id), the rejection of this key, or None."""
-    import pyarrow.compute as pc
-
-    from omniprep.diff.rows import read_rows
-
     by_id: tuple[int, int] | None = None
-    names = [(number, shard.index_name) for number, shard in enumerate(manifest.shards)]
-    for table in read_rows(folder, names, manifest.members):
-        for column in ("key", "id"):
-            at = pc.index(table[column], key).as_py()
-            if at >= 0:
-                place = table["shard"][at].as_py(), table["number"][at].as_py()
-                if column == "key":
-                    return read_record(folder, manifest, *place)
-                by_id = by_id or place
-    if by_id is not None:
-        return read_record(folder, manifest, *by_id)
-    return _find_rejection(folder, manifest, key)
-
-
-def _find_rejection(folder: Folder, manifest: Manifest, key: str) -> Rejection | None:
-    from omniprep.inspect import find_rejection
-
-    return find_rejection(folder, manifest, key)
+    for shard, info in enumerate(manifest.shards):
+        table = read_index_table(folder, info.index_name, ("key", "id"))
+        number = table["key"].index(key).as_py()
+        if number >= 0:
+            return read_record(folder, manifest, shard, number)
+        if by_id is None and (number := table["id"].index(key).as_py()) >= 0:
+            by_id = shard, number
+    return read_record(folder, manifest, *by_id) if by_id is not None else find_rejection(folder, manifest, key)
 
 
 def differing_parts(a: StoredRecord, b: StoredRecord) -> tuple[Part, ...]:

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from omniprep.errors import DatasetError
-from omniprep.shards.index import COLUMNS
+from omniprep.shards.index import COLUMNS, read_index_table
 from omniprep.storage.folder import Folder
 
 if TYPE_CHECKING:
@@ -60,18 +60,11 @@ def read_rows(folder: Folder, names: Sequence[tuple[int, str]], members: Sequenc
 
 def _read_index(folder: Folder, shard: int, name: str) -> "pa.Table":
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     try:
-        with folder.open(name) as file:
-            table = pq.ParquetFile(file).read(columns=list(_READ), use_threads=False)
-    except FileNotFoundError:
-        raise DatasetError(f"{folder.place}: {name} is missing, though the manifest names it; see `omniprep verify`") from None
-    except (OSError, pa.ArrowException) as error:
-        message = " ".join(str(error).split())
-        raise DatasetError(f"{folder.place}: {name}: not a readable index: {message}; see `omniprep verify`") from None
-    if missing := [column for column in _READ if column not in table.column_names]:
-        raise DatasetError(f"{folder.place}: {name}: not an OmniPrep index: lacks {', '.join(missing)}")
+        table = read_index_table(folder, name, _READ)
+    except DatasetError as error:
+        raise DatasetError(f"{folder.place}: {error}; see `omniprep verify`") from None
     numbers = np.arange(table.num_rows, dtype=np.int32)
     return (
         table.replace_schema_metadata(None)
