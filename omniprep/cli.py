@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,8 +16,9 @@ from omniprep.errors import ConfigError, OmniPrepError
 
 if TYPE_CHECKING:
     from omniprep.plan import Plan
-    from omniprep.run.progress import Progress
+    from omniprep.prepare_partition import Job
     from omniprep.receipts import ClaimMode
+    from omniprep.run.progress import Progress, Scan
     from omniprep.shards.manifest import Manifest
 
 EXIT_FINDINGS, EXIT_BAD_USE, EXIT_INTERRUPTED = 1, 2, 130
@@ -442,13 +443,19 @@ class _Shower:
     def __init__(self, title: str, stack: ExitStack) -> None:
         self._title, self._stack = title, stack
 
-    def __call__(self, num_todo: int, num_all: int) -> "Progress":
+    def __call__(self, todo: "Sequence[Job]", num_all: int) -> "Progress":
         from omniprep.run.progress import show_progress
 
-        if num_todo < num_all:
-            _say(f"{self._title}: {num_all - num_todo} of {num_all} partitions are finished already")
-        display: AbstractContextManager[Progress] = show_progress(self._title, num_partitions=num_todo)
+        if len(todo) < num_all:
+            _say(f"{self._title}: {num_all - len(todo)} of {num_all} partitions are finished already")
+        num_rows = sum(job.partition.num_rows for job in todo)
+        display: AbstractContextManager[Progress] = show_progress(self._title, num_partitions=len(todo), num_rows=num_rows)
         return self._stack.enter_context(display)
+
+    def scanning(self) -> "AbstractContextManager[Scan]":
+        from omniprep.run.progress import show_scan
+
+        return show_scan("scanning sources")
 
 
 def _describe_manifest(manifest: "Manifest", output: str) -> str:

@@ -1,7 +1,7 @@
 """`omniprep plan`: what a recipe would make, from headers alone. Nothing is decoded and nothing is written."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -9,10 +9,10 @@ from pydantic import Field
 
 from omniprep.encode.estimate import Estimate
 from omniprep.errors import RejectSample
-from omniprep.prepare import build_worker, plan_jobs, run_jobs
+from omniprep.prepare import Show, build_worker, plan_jobs, run_jobs
 from omniprep.prepare_partition import Job, Worker
 from omniprep.recipe import Recipe
-from omniprep.run.progress import Progress, Silent
+from omniprep.run.progress import Silent
 from omniprep.shards.manifest import Stored
 
 LENGTH_EDGES = (256, 512, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536)
@@ -61,13 +61,14 @@ class Plan(Stored):
     """So that a partition's shard has about 256 MiB."""
 
 
-def plan_recipe(recipe: Recipe, *, show: Callable[[int, int], Progress] | None = None) -> Plan:
+def plan_recipe(recipe: Recipe, *, show: Show | None = None) -> Plan:
     """Probe every row of a recipe, in parallel, and return what it would make. Raises `ConfigError`."""
     worker = Worker(recipe.anchored())
-    jobs = plan_jobs(worker.located)
-    progress = show(len(jobs), len(jobs)) if show is not None else Silent()
+    jobs = plan_jobs(worker.located, show=show)
+    progress = show(jobs, len(jobs)) if show is not None else Silent()
     found: dict[int, PartitionPlan] = {}
-    for number, part in run_jobs(partial(build_worker, probe_partition, worker.recipe), jobs, worker.recipe, stage="plan"):
+    build = partial(build_worker, probe_partition, worker.recipe)
+    for number, part in run_jobs(build, jobs, worker.recipe, stage="plan", progress=progress):
         found[number] = part
         progress.advance(num_rows=part.num_rows, num_rejected=sum(part.rejects.values()), num_bytes=part.stored_bytes)
     parts = [found[number] for number in range(len(jobs))]

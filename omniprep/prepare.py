@@ -12,17 +12,18 @@ Keys are `SOURCE-ROW`, so they are unique whatever the records' own ids are; tho
 with one id are therefore both kept, and land in the same split.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from omniprep import __version__
 from omniprep.errors import ConfigError
-from omniprep.probe import choose_rows
 from omniprep.prepare_partition import Job, Worker, file_stamp, prepare_partition, retry_partition, rows_sha256
+from omniprep.probe import choose_rows
 from omniprep.receipts import (
     Claim,
     ClaimMode,
@@ -38,7 +39,7 @@ from omniprep.receipts import (
 )
 from omniprep.recipe import Recipe
 from omniprep.run import serial
-from omniprep.run.progress import Progress, Silent
+from omniprep.run.progress import Progress, Scan, Silent
 from omniprep.seal import check_rate, seal
 from omniprep.shards.manifest import MANIFEST_NAME, Manifest
 from omniprep.sources.jsonl import JsonlSource
@@ -48,8 +49,15 @@ from omniprep.storage.folder import open_folder
 _RECEIPT_THREADS = 16
 """Receipts read at a time: on an object store each takes a few round trips."""
 
-Show = Callable[[int, int], Progress]
-"""Called with (partitions to do, partitions in all); returns what is told of progress."""
+
+class Show(Protocol):
+    """Starts the display of a run."""
+
+    def __call__(self, todo: Sequence[Job], num_all: int) -> Progress:
+        """Return what is told of progress. `todo` are the partitions to do, of `num_all`."""
+
+    def scanning(self) -> AbstractContextManager[Scan]:
+        """Start the display of what is found while the sources are scanned."""
 
 
 def prepare(recipe: Recipe, *, mode: ClaimMode = "continue", show: Show | None = None) -> Manifest:
@@ -62,7 +70,7 @@ def prepare(recipe: Recipe, *, mode: ClaimMode = "continue", show: Show | None =
     """
     worker = Worker(recipe.anchored())
     place = Path(worker.recipe.folder)
-    jobs = plan_jobs(worker.located, read_claim(worker.folder) if mode != "overwrite" else None)
+    jobs = plan_jobs(worker.located, read_claim(worker.folder) if mode != "overwrite" else None, show=show)
     with open_build(worker.folder, recipe.identity(), mode=mode, inputs_folder=place) as claim:
         write_claim(worker.folder, _with_sizes(claim, jobs))
         with ThreadPoolExecutor(_RECEIPT_THREADS) as threads:
@@ -120,10 +128,11 @@ def _run(
     show: Show | None,
 ) -> None:
     """Do what is to be done, adding to `receipts`; stop as soon as too many records are rejected."""
-    progress = show(len(todo), len(jobs)) if show is not None else Silent()
+    progress = show(todo, len(jobs)) if show is not None else Silent()
     num_rows = sum(job.partition.num_rows for job in jobs)
     num_rejected = sum(receipt.num_rejected for receipt in receipts.values())
-    for _, receipt in run_jobs(partial(build_worker, function, worker.recipe), todo, worker.recipe, stage=stage):
+    build = partial(build_worker, function, worker.recipe)
+    for _, receipt in run_jobs(build, todo, worker.recipe, stage=stage, progress=progress):
         before = receipts.get(receipt.stem)
         receipts[receipt.stem] = receipt
         num_rejected += receipt.num_rejected - (before.num_rejected if before is not None else 0)
@@ -132,19 +141,23 @@ def _run(
         check_rate(worker.recipe, receipts.values(), num_rejected=num_rejected, num_rows=num_rows)
 
 
-def plan_jobs(recipe: Recipe, claim: Claim | None = None) -> list[Job]:
+def plan_jobs(recipe: Recipe, claim: Claim | None = None, *, show: Show | None = None) -> list[Job]:
     """Return the recipe's partitions, source by source. Raises `ConfigError` if a source cannot be read.
 
     Where the recipe says `rows_per_partition: auto`, a source keeps the size that `claim` says it was cut by.
     """
     jobs: list[Job] = []
-    for position, source in enumerate(recipe.sources):
-        rows = recipe.run.rows_per_partition
-        if rows == "auto":
-            known = claim.rows_per_partition.get(source.name) if claim is not None else None
-            rows = known or choose_rows(recipe, position)
-        parts = source.partitions(rows_per_partition=rows)
-        jobs += (Job(source=position, partition=part, rows_per_partition=rows) for part in parts)
+    with show.scanning() if show is not None else nullcontext() as scan:
+        for position, source in enumerate(recipe.sources):
+            rows = recipe.run.rows_per_partition
+            if rows == "auto":
+                known = claim.rows_per_partition.get(source.name) if claim is not None else None
+                rows = known or choose_rows(recipe, position)
+            parts = source.partitions(rows_per_partition=rows)
+            jobs += (Job(source=position, partition=part, rows_per_partition=rows) for part in parts)
+            if scan is not None:
+                num_files = len({piece.path for part in parts for piece in part.slices})
+                scan.add(num_files=num_files, num_rows=sum(part.num_rows for part in parts))
     return jobs
 
 
@@ -157,14 +170,14 @@ Outcome = TypeVar("Outcome")
 
 
 def run_jobs(
-    build: Callable[[], "WorkerFunction[Outcome]"], jobs: Sequence[Job], recipe: Recipe, *, stage: str
+    build: Callable[[], "WorkerFunction[Outcome]"], jobs: Sequence[Job], recipe: Recipe, *, stage: str, progress: Progress
 ) -> Iterator[tuple[int, Outcome]]:
-    """Yield (position, outcome) of every job as it finishes, on the recipe's executor."""
+    """Yield (position, outcome) of every job as it finishes, on the recipe's executor; `progress` is told of the others."""
     # One partition is one task wherever it runs; starting Ray for it would only take its seconds.
     if recipe.run.executor == "serial" or (len(jobs) == 1 and recipe.run.address is None and not num_gpus(recipe)):
         function = build()
         try:
-            yield from serial.map_partitions(lambda: function, jobs)
+            yield from serial.map_partitions(lambda: function, jobs, on_progress=progress.working)
         finally:
             function.close()
         return
@@ -179,7 +192,8 @@ def run_jobs(
         memory_bytes_per_worker=run.memory_bytes_per_worker,
         metrics_port=run.metrics_port,
     )
-    yield from ray.map_partitions(build, jobs, options, cache_key=f"{stage} {recipe.sha256} {recipe.folder} {recipe.output}")
+    key = f"{stage} {recipe.sha256} {recipe.folder} {recipe.output} {recipe.run.model_dump_json()}"
+    yield from ray.map_partitions(build, jobs, options, cache_key=key, name_of=attrgetter("stem"), on_progress=progress.working)
 
 
 def num_gpus(recipe: Recipe) -> float:

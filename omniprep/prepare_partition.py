@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from omniprep import __version__
-from omniprep.encode.media_cache import MediaCache
 from omniprep.encode.estimate import Estimate
+from omniprep.encode.media_cache import MediaCache
 from omniprep.encode.thinker import ThinkerEncoder
 from omniprep.errors import ConfigError, Reason, RejectSample
 from omniprep.guarded_rows import GuardedRows, RowTask
@@ -48,14 +48,18 @@ from omniprep.types import EncodedSample, Rejection
 LIBRARIES = (
     "av",
     "decord",
+    "librosa",
     "numpy",
     "pillow",
     "pyarrow",
+    "scipy",
     "simplejpeg",
     "soundfile",
     "soxr",
+    "tiktoken",
     "tokenizers",
     "torch",
+    "torchaudio",
     "torchvision",
 )
 """Libraries whose version may show in the bytes; the manifest names them."""

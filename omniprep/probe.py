@@ -46,6 +46,7 @@ class BuildProber:
     recipe: Recipe
 
     def __call__(self) -> RowProber:
+        """Return it."""
         return RowProber(self.recipe)
 
 

@@ -19,9 +19,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
-from omniprep import __version__
 from omniprep.errors import ConfigError
 from omniprep.shards.index import parquet_bytes
 from omniprep.shards.manifest import MANIFEST_NAME, QuarantineInfo, ShardInfo, Stored
@@ -177,7 +176,7 @@ class Claim(Stored):
 
     recipe: dict[str, Any]
     """The recipe's identity."""
-    rows_per_partition: dict[str, int] = {}
+    rows_per_partition: dict[str, int] = Field(default_factory=dict)
     """By source, where the recipe says `auto`: chosen once, for another size would make other shards."""
 
 

@@ -33,10 +33,10 @@ from omniprep.records import AudioPart, Conversation, Document, Message, Prefere
 from omniprep.reference import Reference, ReferenceInput, render_chatml, render_document
 from omniprep.shards.manifest import read_manifest, write_manifest
 from omniprep.shards.reader import ShardReader
-from omniprep.storage.folder import Place, as_folder
 from omniprep.sources.media_store import MediaStore
 from omniprep.sources.partitions import Partition, Row
 from omniprep.sources.source import Source
+from omniprep.storage.folder import Place, as_folder
 from omniprep.tokens.vocab import ADDED_TOKENS
 from omniprep.types import EncodedAudio, EncodedSample, EncodedVision, Float32Array
 from omniprep.verify import Finding

@@ -25,8 +25,8 @@ COLUMNS = {
     "blobs": "list<string>",
 }
 """Columns and their Arrow types. `record` is the row's JSON text (or the line as it came, if it is not JSON), in which
-media bytes are `{"sha256", "num_bytes"}`; `blobs` names those media under `quarantine/blobs/`. `probe` is a JSON list of the
-media files that were found before the record failed: `{"name", "num_bytes", "sha256"}`, `num_bytes` -1 for one that is missing."""
+media bytes are `{"sha256", "num_bytes"}`; `blobs` names those media under `quarantine/blobs/`. `probe` is a JSON list of
+the media files that were looked for before the record failed: `{"name", "num_bytes", "sha256"}`, -1 bytes for a missing one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ def blob_name(digest: str) -> str:
 def write_quarantine(
     folder: Folder, stem: str, *, partition: int, source: str, rejected: Sequence[Rejected]
 ) -> QuarantineInfo | None:
-    """Write the rejected records of one partition as `STEM.parquet`, if there are any, and return what the manifest says of them."""
+    """Write the rejected records of one partition, if any, as `STEM.parquet`; return what the manifest says of them."""
     if not rejected:
         return None
     import pyarrow as pa
