@@ -183,6 +183,8 @@ class _Run:
         except (lost.NodeDiedError, lost.ObjectLostError) as error:
             self._retry(replace(attempt, num_node_losses=attempt.num_node_losses + 1), error)
         except (lost.WorkerCrashedError, lost.OutOfMemoryError, lost.RayActorError, lost.LocalRayletDiedError) as error:
+            if isinstance(told := as_config_error(error), ConfigError):
+                raise told from None
             self._retry(replace(attempt, num_crashes=attempt.num_crashes + 1), error)
         else:
             return outcome

@@ -178,7 +178,9 @@ def as_config_error(error: Exception) -> Exception:
     import ray
 
     missing = re.search(r"No module named '([^']+)'", str(error))
-    if missing is None or not isinstance(error, (ModuleNotFoundError, ray.exceptions.RaySystemError)):
+    of_import = isinstance(error, (ModuleNotFoundError, ray.exceptions.RaySystemError))
+    # What Ray says, as a RuntimeError or as the death of an actor, where our own function cannot be imported.
+    if missing is None or not (of_import or "failed to import on the worker" in str(error)):
         return error
     return ConfigError(
         f"a worker cannot import {missing[1]}: every node of the cluster needs omniprep and what it uses, in the versions "

@@ -3,6 +3,7 @@
 Nodes are raylets of one CPU each below a head without any; about a minute in all, most of it waiting for Ray to notice.
 """
 
+import json
 import os
 import re
 import signal
@@ -287,6 +288,18 @@ def test_other_ways_to_name_a_cluster(cluster, tmp_path: Path, kind: str) -> Non
     assert len(marks(tmp_path)) == 8
 
 
+def test_a_jobs_runtime_environment_is_kept(cluster) -> None:
+    """What `ray job submit --runtime-env-json` hands to the driver it starts."""
+    process = driver(
+        f"""
+        options = RayOptions(address={cluster.address!r})
+        print(list(map_partitions(build_reading, ["OF_THE_JOB", "OMP_NUM_THREADS"], options, cache_key="environment")))
+        """,
+        RAY_JOB_CONFIG_JSON_ENV_VAR='{"runtime_env": {"env_vars": {"OF_THE_JOB": "set"}}}',
+    )
+    assert output_of(process).strip() == "[(0, 'set'), (1, '1')]"
+
+
 def test_another_version_of_ray_is_one_clear_line(cluster) -> None:
     process = driver(f"""
         import ray
@@ -312,6 +325,35 @@ def test_a_package_that_the_nodes_lack_is_told(cluster) -> None:
     options = RayOptions(address=cluster.address)
     with pytest.raises(ConfigError, match="a worker cannot import not_on_the_nodes: every node of the cluster needs omniprep"):
         list(map_partitions(partial(build_needing, "not_on_the_nodes"), [1], options, cache_key="lacks"))
+
+
+@pytest.mark.parametrize("num_gpus", [0, 1])
+def test_nodes_without_omniprep_are_told(cluster, extra_node, tmp_path: Path, num_gpus: int) -> None:
+    """Its import is made to fail in worker processes, which read `sitecustomize` when they start."""
+    extra_node(num_gpus=1)
+    (tmp_path / "sitecustomize.py").write_text(
+        textwrap.dedent("""
+        import sys
+
+        class Absent:
+            def find_spec(self, name, path, target=None):
+                if name.split(".")[0] == "omniprep":
+                    raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+        sys.meta_path.insert(0, Absent())
+        """)
+    )
+    process = driver(
+        f"""
+        try:
+            options = RayOptions(address={cluster.address!r}, num_gpus={num_gpus})
+            list(map_partitions(build_abs, [1], options, cache_key="absent"))
+        except ConfigError as error:
+            print(error)
+        """,
+        RAY_JOB_CONFIG_JSON_ENV_VAR=json.dumps({"runtime_env": {"env_vars": {"PYTHONPATH": str(tmp_path)}}}),
+    )
+    assert output_of(process).startswith("a worker cannot import omniprep: every node of the cluster needs omniprep")
 
 
 def test_a_function_that_only_the_driver_can_import_is_told(cluster, tmp_path: Path) -> None:
@@ -404,6 +446,10 @@ def test_items_are_taken_when_a_worker_is_free(cluster) -> None:
     assert num_done == NUM_MANY
     assert ahead <= 3, "two that run and the one that was just yielded"
     assert sizes[-1] - sizes[1] < 8
+
+
+def build_reading():
+    return os.environ.get
 
 
 def build_abs():

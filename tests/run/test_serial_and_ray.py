@@ -1,6 +1,10 @@
 """Both executors are the same map; Ray's survives the death of a worker."""
 
 import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -103,3 +107,56 @@ def test_an_address_where_nothing_listens_is_a_config_error() -> None:
 
     with pytest.raises(ConfigError, match=r"--address 127.0.0.1:9: no Ray cluster answers there"):
         check_reachable("127.0.0.1:9")
+
+
+@pytest.mark.ray
+def test_a_killed_driver_leaves_no_process_behind(tmp_path: Path) -> None:
+    """Of a Ray that it started itself: neither Ray's own nor workers. About 10 s."""
+    code = f"""
+import time
+from pathlib import Path
+from omniprep.run.ray import RayOptions, map_partitions
+def build():
+    import os, time
+    from pathlib import Path
+    def work(item):
+        Path({str(tmp_path)!r}, str(os.getpid())).touch()
+        time.sleep(100)
+    return work
+list(map_partitions(build, range(9), RayOptions(num_workers=2), cache_key="killed", on_progress=print))
+"""
+    driver = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], start_new_session=True)
+    wait_until(lambda: len(list(tmp_path.iterdir())) == 2)
+    group = {pid for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))) if descends_from(pid, driver.pid)}
+    workers = {int(mark.name) for mark in tmp_path.iterdir()}
+    assert workers < group
+    driver.kill()
+    driver.wait()
+    wait_until(lambda: not any(is_alive(pid) for pid in group))
+
+
+def wait_until(true: Callable[[], bool], *, within_s: float = 60.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not true():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
+
+
+def status_of(pid: int) -> dict[str, str]:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return {}
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def is_alive(pid: int) -> bool:
+    return status_of(pid).get("State", "Z")[0] != "Z"
+
+
+def descends_from(pid: int, ancestor: int) -> bool:
+    while pid > 1:
+        if pid == ancestor:
+            return True
+        pid = int(status_of(pid).get("PPid", 0))
+    return False
