@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omniprep.diff import DatasetDiff, describe, describe_record, diff, diff_record
-from omniprep.errors import DatasetError
+from omniprep.errors import ConfigError, DatasetError
 from omniprep.prepare import prepare
 from tests.diff_builders import Row, by_key, write_dataset
 from tests.prepare_builders import chat, recipe, write_media
@@ -187,7 +187,7 @@ def test_one_record_is_found_by_key_id_and_in_the_quarantine(before: str, tmp_pa
         "rejected: media_missing: chat.jsonl:2:"
     )
     assert not rejected.equal and "not there" in describe_record(diff_record(before, build(tmp_path / "one", [chat(0)]), "id-13"))
-    with pytest.raises(DatasetError, match=r"neither .* has a record with the key or id 'nobody'"):
+    with pytest.raises(ConfigError, match=r"neither .* has a record with the key or id 'nobody'"):
         diff_record(before, other, "nobody")
 
 
@@ -208,7 +208,7 @@ def test_a_damaged_dataset_is_told_in_one_line(before: str, tmp_path: Path) -> N
     index.unlink()
     with pytest.raises(DatasetError, match=rf"{index.name}: .*No such file .*see `omniprep verify`"):
         diff(before, str(other))
-    with pytest.raises(DatasetError, match="no dataset"):
+    with pytest.raises(ConfigError, match="no dataset"):
         diff(before, str(tmp_path / "data"))
 
 
@@ -224,6 +224,23 @@ def test_datasets_at_urls_are_compared(before: str, tmp_path: Path) -> None:
         assert diff_record(before, url, "chat-00000011").parts == ()
     finally:
         memory.rm(url, recursive=True)
+
+
+def test_the_exit_code_says_whether_they_differ(before: str, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from omniprep.cli import app
+
+    longer = build(tmp_path, [*rows_of_a(), chat(14)])
+
+    def code(*arguments: str) -> int:
+        result = CliRunner().invoke(app, ["diff", *arguments])
+        assert result.exception is None or isinstance(result.exception, SystemExit)
+        return result.exit_code
+
+    assert (code(before, before), code(before, before, "--key", "id-2"), code(before, longer, "--key", "id-2")) == (0, 0, 0)
+    assert (code(before, longer), code(before, longer, "--json"), code(before, longer, "--key", "id-14")) == (1, 1, 1)
+    assert (code(before, str(tmp_path / "none")), code(before, longer, "--key", "nobody"), code(before)) == (2, 2, 2)
 
 
 def test_the_comparison_is_plain_json(before: str, tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ import numpy.typing as npt
 from omniprep.diff.record import PARTS, Part, RecordDiff, compare_found, differing_parts, find_record, read_record
 from omniprep.diff.report import DatasetDiff, Example, Group, Groups, Sampled, ShardCounts
 from omniprep.diff.rows import BUCKET_ROWS, BYTES_OF, NAME, Buckets, Joined, Match, join, name_column, read_rows, with_name
-from omniprep.errors import DatasetError
+from omniprep.errors import ConfigError, DatasetError
 from omniprep.receipts import differences
-from omniprep.shards.manifest import Manifest, QuarantineInfo, ShardInfo, Totals, read_manifest
+from omniprep.shards.manifest import MANIFEST_NAME, Manifest, QuarantineInfo, ShardInfo, Totals, read_manifest
 from omniprep.shards.quarantine import QUARANTINE_FOLDER
 from omniprep.storage.folder import Folder, open_folder
 
@@ -63,9 +63,15 @@ class Dataset:
 
     @classmethod
     def open(cls, place: str) -> "Dataset":
-        """Open the dataset at a path or URL. Raises `DatasetError` if there is none."""
+        """Open the dataset at a path or URL. Raises `ConfigError` if there is none, `DatasetError` if it is damaged."""
         folder = open_folder(place)
-        return cls(folder, read_manifest(folder))
+        try:
+            return cls(folder, read_manifest(folder))
+        except DatasetError as error:
+            # A script must not take a misspelt name for a difference: the exit codes are 2 and 1.
+            if folder.size(MANIFEST_NAME) is None:
+                raise ConfigError(str(error)) from None
+            raise
 
 
 @dataclass
@@ -93,7 +99,8 @@ def diff(
 
     `match` says what makes two records the same: `key` (source and row), the record's own `id` (for rows that moved in
     their file), or `content`. The members of `num_sampled` records are read, of those that changed and of those that
-    seem not to have. `bucket_rows` bounds the memory. Raises `DatasetError`.
+    seem not to have. `bucket_rows` bounds the memory. Raises `ConfigError` if there is no dataset, `DatasetError` if one
+    is damaged.
     """
     sides = Dataset.open(a), Dataset.open(b)
     before, after = (side.manifest for side in sides)
@@ -143,12 +150,12 @@ def diff(
 
 
 def diff_record(a: str, b: str, key: str) -> RecordDiff:
-    """Compare what two datasets have under one key (or id). Raises `DatasetError` if neither has it."""
+    """Compare what two datasets have under one key (or id). Raises `ConfigError` if neither has it."""
     from omniprep.tokens.vocab import TokenizerConfig, load_tokenizer
 
     found = [find_record(side.folder, side.manifest, key) for side in (Dataset.open(a), Dataset.open(b))]
     if found == [None, None]:
-        raise DatasetError(f"neither {a} nor {b} has a record with the key or id {key!r}, stored or rejected")
+        raise ConfigError(f"neither {a} nor {b} has a record with the key or id {key!r}, stored or rejected")
     return compare_found(found[0], found[1], load_tokenizer(TokenizerConfig()), key=key)
 
 

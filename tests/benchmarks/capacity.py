@@ -239,11 +239,16 @@ def build(folder: Path, name: str, count: int, *, workers: int, rows_per_partiti
     shutil.rmtree(output, ignore_errors=True)
     prepare = ["-m", "omniprep", "prepare", str(recipe), "--workers", str(workers)]
     built = measure(prepare, output=output)
-    console.print(f"\n{count:,} {name} records, {built.output.strip().splitlines()[-1]}", highlight=False)
+    console.print(f"\n{count:,} {name} records, {built.output.strip().splitlines()[-1]}", highlight=False, soft_wrap=True)
     num_shards = max(sample.num_shards for sample in built.samples)
     steady = f"{count * built.shards_per_s / max(1, num_shards):,.0f} records/s once the first shard was there"
-    console.print(f"prepare: {built.seconds:,.1f} s, {steady}; load of the machine {os.getloadavg()[1]:.1f}", highlight=False)
+    console.print(
+        f"prepare: {built.seconds:,.1f} s, {steady}; load of the machine {os.getloadavg()[1]:.1f}",
+        highlight=False,
+        soft_wrap=True,
+    )
     console.print(_memory_table(built))
+    console.print(f"all processes together, shared pages once: {built.together_mb:,.0f} MB", highlight=False, soft_wrap=True)
     table = Table("", "seconds", "peak MB", title="afterwards", title_justify="left")
     for title, run in _afterwards(folder, name, recipe, output, prepare):
         table.add_row(title, f"{run.seconds:.1f}", f"{run.peak_mb('driver'):,.0f}")
@@ -261,7 +266,6 @@ def _memory_table(built: Run) -> Table:
     table = Table("peak MB", *ROLES, title="while the shards were written", title_justify="left")
     for title, first, last in (("to 10 %", 0.0, 0.1), ("10 to 50 %", 0.1, 0.5), ("50 to 100 %", 0.5, 1.0), ("all", 0.0, 1.0)):
         table.add_row(title, *(f"{built.peak_mb(role, first, last):,.0f}" for role in ROLES))
-    table.caption = f"all processes together, shared pages once: {built.together_mb:,.0f} MB"
     return table
 
 
@@ -341,7 +345,7 @@ def main() -> int:
         wrong += build(folder, "audio", options.audio, **settings)
     if not options.keep:
         shutil.rmtree(folder)
-    console.print("\n".join(wrong) or "\nno process grew with the number of records", highlight=False)
+    console.print("\n".join(wrong) or "\nno process grew with the number of records", highlight=False, soft_wrap=True)
     return 1 if wrong else 0
 
 
