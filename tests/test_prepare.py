@@ -93,7 +93,7 @@ def test_media_inside_a_rejected_row_are_kept_once(tmp_path: Path) -> None:
     (info,) = manifest.quarantine
     assert info.num_records == 2
     assert len(info.blobs) == 1
-    assert (tmp_path / "out/quarantine/blobs" / info.blobs[0]).read_bytes() == b"not a picture"
+    assert (tmp_path / "out/quarantine/_blobs" / info.blobs[0]).read_bytes() == b"not a picture"
     assert list(verify(tmp_path / "out")) == []
 
 

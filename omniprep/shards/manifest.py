@@ -68,7 +68,7 @@ class QuarantineInfo(Stored):
     num_records: int
     sha256: str
     blobs: tuple[str, ...] = ()
-    """sha256 of the media under `quarantine/blobs/`."""
+    """sha256 of the media under `quarantine/_blobs/`."""
 
 
 class Manifest(Stored):

@@ -10,7 +10,8 @@ from omniprep.storage.folder import Folder
 from omniprep.types import Rejection
 
 QUARANTINE_FOLDER = "quarantine"
-BLOBS_FOLDER = "blobs"
+BLOBS_FOLDER = "_blobs"
+"""Arrow, pandas and `datasets` skip names that start with `_`, and so open `quarantine/` as the table that it is."""
 COLUMNS = {
     "key": "string",
     "source": "string",
@@ -25,7 +26,7 @@ COLUMNS = {
     "blobs": "list<string>",
 }
 """Columns and their Arrow types. `record` is the row's JSON text (or the line as it came, if it is not JSON), in which
-media bytes are `{"sha256", "num_bytes"}`; `blobs` names those media under `quarantine/blobs/`. `probe` is a JSON list of
+media bytes are `{"sha256", "num_bytes"}`; `blobs` names those media under `quarantine/_blobs/`. `probe` is a JSON list of
 the media files that were looked for before the record failed: `{"name", "num_bytes", "sha256"}`, -1 bytes for a missing one."""
 
 
