@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from omniprep.errors import ConfigError
+from omniprep.errors import ConfigError, printable
 
 
 class Config(BaseModel):
@@ -18,6 +18,9 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+
+MAX_YAML_BYTES = 4 << 20
+MAX_YAML_VALUES = 1_000_000
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
@@ -38,10 +41,46 @@ def parse_config(kind: type[ConfigT], values: object, *, place: str) -> ConfigT:
 
 
 def read_yaml(path: Path) -> Any:
-    """Return the plain values of a YAML file. Raises `ConfigError` if it is missing or not YAML."""
+    """Return the plain values of a YAML file. Raises `ConfigError` if it is missing or not plain YAML.
+
+    Plain: no tags that make objects, no key twice, and no aliases of aliases that stand for a billion values.
+    """
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            data = file.read(MAX_YAML_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if len(data) > MAX_YAML_BYTES:
+        raise ConfigError(f"{path}: larger than {MAX_YAML_BYTES >> 20} MiB; is it a recipe?")
+    try:
+        loader = _PlainLoader(data.decode("utf-8"))
+        node = loader.get_single_node()
+        if _num_values(node, {}) > MAX_YAML_VALUES:
+            raise ConfigError(f"{path}: over {MAX_YAML_VALUES} values when its aliases (`*name`) are written out")
+        return loader.construct_document(node) if node is not None else None
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, RecursionError) as error:  # of numbers and dates that are none
+        raise ConfigError(printable(f"{path}: not valid YAML: {' '.join(str(error).split()):.500}")) from None
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML as a recipe needs it: plain values, no key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if len(set(keys)) < len(keys):
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice!r:.80} twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _num_values(node: yaml.Node | None, known: dict[int, int | None]) -> int:
+    """Return how many values a node stands for, aliases written out. Raises `ValueError` for one that holds itself."""
+    if id(node) not in known:
+        known[id(node)] = None
+        children = node.value if isinstance(node, (yaml.SequenceNode, yaml.MappingNode)) else ()
+        flat = (item for child in children for item in (child if isinstance(child, tuple) else (child,)))
+        known[id(node)] = 1 + sum(_num_values(item, known) for item in flat)
+    count = known[id(node)]
+    if count is None:
+        raise ValueError("an alias that holds itself")
+    return count

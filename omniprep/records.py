@@ -18,6 +18,18 @@ from omniprep.errors import Reason, RejectSample
 
 ROLES = ("system", "user", "assistant", "tool")
 
+MAX_MESSAGES = 10_000
+MAX_PARTS = 20_000
+MAX_MEDIA = 1_000
+MAX_FRAMES = 10_000
+MAX_TOOLS = 10_000
+"""Most messages, parts (of all messages), media parts, ready frames of one video, and tools or tool calls of one record. A record
+of one of these takes about a second; the longest sequence a model takes has far fewer."""
+MAX_MIN_PIXELS = 1 << 26
+"""A small picture is enlarged to `min_pixels`, whatever that costs."""
+MAX_NUMBER = 1 << 53
+"""Whole numbers up to here are exact as floats, which the arithmetic of sizes uses."""
+
 
 class RecordModel(BaseModel):
     """Base of every input record: immutable, and an unknown key is an error rather than a silent no-op."""
@@ -55,10 +67,10 @@ class ImagePart(RecordModel):
 
     type: Literal["image"] = "image"
     image: MediaRef
-    min_pixels: int | None = Field(default=None, gt=0)
-    max_pixels: int | None = Field(default=None, gt=0)
-    resized_height: int | None = Field(default=None, gt=0)
-    resized_width: int | None = Field(default=None, gt=0)
+    min_pixels: int | None = Field(default=None, gt=0, le=MAX_MIN_PIXELS)
+    max_pixels: int | None = Field(default=None, gt=0, le=MAX_NUMBER)
+    resized_height: int | None = Field(default=None, gt=0, le=MAX_NUMBER)
+    resized_width: int | None = Field(default=None, gt=0, le=MAX_NUMBER)
 
 
 class AudioPart(RecordModel):
@@ -78,14 +90,14 @@ class VideoPart(RecordModel):
     video_start: float | None = Field(default=None, ge=0)
     video_end: float | None = Field(default=None, gt=0)
     fps: float | None = Field(default=None, gt=0)
-    nframes: int | None = Field(default=None, gt=0)
-    min_frames: int | None = Field(default=None, gt=0)
-    max_frames: int | None = Field(default=None, gt=0)
-    min_pixels: int | None = Field(default=None, gt=0)
-    max_pixels: int | None = Field(default=None, gt=0)
-    total_pixels: int | None = Field(default=None, gt=0)
-    resized_height: int | None = Field(default=None, gt=0)
-    resized_width: int | None = Field(default=None, gt=0)
+    nframes: int | None = Field(default=None, gt=0, le=MAX_NUMBER)
+    min_frames: int | None = Field(default=None, gt=0, le=MAX_NUMBER)
+    max_frames: int | None = Field(default=None, gt=0, le=MAX_NUMBER)
+    min_pixels: int | None = Field(default=None, gt=0, le=MAX_MIN_PIXELS)
+    max_pixels: int | None = Field(default=None, gt=0, le=MAX_NUMBER)
+    total_pixels: int | None = Field(default=None, gt=0, le=MAX_NUMBER)
+    resized_height: int | None = Field(default=None, gt=0, le=MAX_NUMBER)
+    resized_width: int | None = Field(default=None, gt=0, le=MAX_NUMBER)
     audio_in_video: Literal["auto", "on", "off"] = "auto"
     """`auto`: the sound track is used when there is one; `on`: its absence is an error; `off`: it is ignored."""
     sample_fps: float | None = Field(default=None, gt=0)
@@ -293,6 +305,7 @@ def parse_record(row: object) -> Record:
     if adapter is None:
         keys = ", ".join(map(str, list(row)[:8])) or "no keys"
         raise RejectSample(Reason.SCHEMA_INVALID, f"expected one of the keys messages, prompt, parts, text; got {keys}")
+    _refuse_too_large(row)
     record: Record
     try:
         record = adapter.validate_python(row)
@@ -301,7 +314,34 @@ def parse_record(row: object) -> Record:
             record = adapter.validate_python(_without_nulls(row))
         except ValidationError:
             raise _rejection(error) from None
+        except RecursionError:
+            raise RejectSample(Reason.SCHEMA_INVALID, "nested too deeply") from None
     return record
+
+
+def _refuse_too_large(row: Mapping[str, Any]) -> None:
+    """Count before anything is built of it. Raises `RejectSample` (`RECORD_TOO_LARGE`)."""
+    lists = [row[key] for key in ("messages", "prompt", "chosen", "rejected") if isinstance(row.get(key), (list, tuple))]
+    num_messages = sum(map(len, lists))
+    _limit("messages", num_messages, MAX_MESSAGES)
+    messages = [message for turns in lists for message in turns if isinstance(message, Mapping)]
+    contents = [message.get("content") for message in messages]
+    parts = [part for given in (row.get("parts"), *contents) if isinstance(given, (list, tuple)) for part in given]
+    _limit("parts", len(parts), MAX_PARTS)
+    media = [part for part in parts if isinstance(part, Mapping) and "text" not in part]
+    _limit("media", len(media), MAX_MEDIA)
+    _limit("frames of one video", max((_num_items(part.get("video")) for part in media), default=0), MAX_FRAMES)
+    num_tools = _num_items(row.get("tools")) + sum(_num_items(message.get("tool_calls")) for message in messages)
+    _limit("tools and tool calls", num_tools, MAX_TOOLS)
+
+
+def _num_items(value: object) -> int:
+    return len(value) if isinstance(value, (list, tuple)) else 0
+
+
+def _limit(what: str, count: int, largest: int) -> None:
+    if count > largest:
+        raise RejectSample(Reason.RECORD_TOO_LARGE, f"{count} {what} in one record, expected at most {largest}; split it")
 
 
 def _without_nulls(value: object) -> object:

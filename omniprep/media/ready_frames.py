@@ -12,8 +12,9 @@ from omniprep.media.image import load_rgb, probe_image
 from omniprep.media.resize import require_exact_resize
 from omniprep.media.sampling import video_size
 from omniprep.media.video import VideoConfig, VideoFrames, VideoPlan, request_of, resized
+from omniprep.media.video_probe import MAX_TIME_S
 from omniprep.profile import QWEN2_5_OMNI, ModelProfile
-from omniprep.records import VideoPart
+from omniprep.records import MAX_FRAMES, VideoPart
 from omniprep.types import MediaFile, Uint8Array
 
 
@@ -64,6 +65,11 @@ def plan_ready_frames(
     padded = -(-num_frames // profile.temporal_patch_size) * profile.temporal_patch_size
     new_height, new_width = video_size(ready.height, ready.width, padded, request_of(part, config, profile), profile)
     sample_fps = part.sample_fps or profile.video_fps
+    if num_frames > MAX_FRAMES or num_frames / sample_fps > MAX_TIME_S:
+        raise RejectSample(
+            Reason.MEDIA_OVER_LIMIT,
+            f"{media.name}: {num_frames} frames, {num_frames / sample_fps:g} s; expected at most {MAX_FRAMES}, {MAX_TIME_S:g} s",
+        )
     return VideoPlan(
         indices=tuple(range(num_frames)),
         times_s=tuple(index / sample_fps for index in range(num_frames)),

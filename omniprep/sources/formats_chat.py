@@ -117,8 +117,8 @@ def _add_calls(messages: list[dict[str, Any]], content: object, where: str) -> N
         cut = text.index("</think>") + len("</think>")
         thought, text = text[:cut], text[cut:]
     try:
-        calls = json.loads(text) if isinstance(text, str) else text
-    except ValueError:
+        calls = _loads(text) if isinstance(text, str) else text
+    except (ValueError, RecursionError):
         raise RejectSample(Reason.SCHEMA_INVALID, f"{where}: expected a tool call as JSON text, got {content!r:.80}") from None
     calls = calls if isinstance(calls, list) else [calls]
     if not all(isinstance(call, Mapping) and ("name" in call or "function" in call) for call in calls):
@@ -130,6 +130,18 @@ def _add_calls(messages: list[dict[str, Any]], content: object, where: str) -> N
         messages[-1]["tool_calls"] = [*messages[-1].get("tool_calls", ()), *calls]
     else:
         messages.append({"role": "assistant", "content": thought, "tool_calls": calls})
+
+
+def _loads(text: str) -> Any:
+    """Return the value of JSON text. Raises `ValueError` also for NaN and for half a surrogate pair, which no tokenizer takes."""
+    value = json.loads(text, parse_constant=_no_constant)
+    if "\\u" in text:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    return value
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def tool_list(tools: object) -> list[dict[str, Any]]:
@@ -153,6 +165,6 @@ def tool_list(tools: object) -> list[dict[str, Any]]:
 
 def _json_if_text(value: object, place: str) -> Any:
     try:
-        return json.loads(value) if isinstance(value, str) else value
-    except ValueError:
+        return _loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
         raise RejectSample(Reason.SCHEMA_INVALID, f"{place}: expected JSON text, got {value!r:.80}") from None

@@ -239,7 +239,10 @@ def _row_value(sample: _Sample) -> dict[str, Any]:
         raise RejectSample(Reason.SCHEMA_INVALID, f"{row.name}: expected a JSON object, got {type(value).__name__}")
     media = {name: member for extension, member in by_extension.items() if _kind(extension) for name in _names(member, extension)}
     filled: dict[str, Any]
-    filled, num_named = _with_members(value, media)
+    try:
+        filled, num_named = _with_members(value, media)
+    except RecursionError:
+        raise RejectSample(Reason.SCHEMA_INVALID, f"{row.name}: nested too deeply") from None
     if not num_named:
         listed: dict[str, list[Any]] = {}
         for extension, member in by_extension.items():
