@@ -1,6 +1,6 @@
 """A real cluster of several nodes on this machine, and what happens to them.
 
-Nodes are raylets of one CPU each below a head without any; about a minute in all, most of it waiting for Ray to notice.
+Nodes are raylets of one CPU each below a head without any; two to three minutes in all, most of it starting processes.
 """
 
 import json
