@@ -42,7 +42,9 @@ class Fault:
 
     concerns: Callable[[Request], bool]
     kind: str
-    """`status` (with an S3 error code), `hang` (no answer), `lost` (done, not answered), `reset` (in the body), `slow`."""
+    """`status` (with an S3 error code), `hang` (no answer), `lost` (done, not answered), `reset` (in the body), `slow`.
+
+    `dribble`: a byte at a time. `deaf`: not even the request is read, whichever it is."""
     status: int = 500
     code: str = "InternalError"
     times: float = 1
@@ -119,6 +121,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def handle_any(self) -> None:
         state = self.server.state
+        if any(fault.kind == "deaf" for fault in state.faults):
+            state.quiet.wait(60)
+            self.close_connection = True
+            return
         body = self._body()
         url = urlsplit(self.path)
         headers = {name.lower(): value for name, value in self.headers.items()}
@@ -133,6 +139,12 @@ class _Handler(BaseHTTPRequestHandler):
                 assert fault is not None
                 text = f"<Error><Code>{fault.code}</Code><Message>injected</Message></Error>".encode()
                 self._send(request, fault.status, {"Content-Type": "application/xml", **fault.headers}, text)
+            case "dribble":
+                _, _, data = self._forward(body)
+                self._send(request, 200, {}, data, cut=0)
+                while not state.quiet.wait(0.1):
+                    self.wfile.write(b"x")
+                self.close_connection = True
             case "lost":
                 self._forward(body)
                 self._reset()

@@ -92,6 +92,10 @@ class RemoteFolder:
         """Return whether any file lies below the folder."""
         return self._do("", lambda store, path: store.is_folder(path))
 
+    def is_empty(self) -> bool:
+        """Return whether no file lies below it."""
+        return not self.exists()
+
     def read(self, name: str) -> bytes:
         """Return a whole file."""
         data, _ = self._do(name, lambda store, path: store.get(path, 0, None))
@@ -268,7 +272,7 @@ class RemoteWriter:
 
     def publish(self) -> None:
         """Send the file; it is there, whole, when the store has answered."""
-        from omniprep.storage.s3 import S3Store
+        from omniprep.storage.s3 import PART_BYTES, S3Store
 
         with _spooling():
             self._file.flush()
@@ -278,7 +282,7 @@ class RemoteWriter:
             with explained(self._url):
                 store, path = store_of(self._url, timeout_s=self._timeout_s)
                 self._file.seek(0)
-                if isinstance(store, S3Store) and num_bytes > store.part_bytes:
+                if isinstance(store, S3Store) and num_bytes > PART_BYTES:
                     store.put_parts(path, self._file.read, num_bytes, retry)
                 elif isinstance(store, S3Store):
                     data = self._file.read()
@@ -296,6 +300,12 @@ class RemoteWriter:
             self._file.close()
 
 
+_kept: dict[int, Any] = {}
+"""Every filesystem that was used, as fsspec's own cache holds them. A forked child empties that cache; were the parent's
+filesystems closed there, their connections would vanish from the event loop's list in the kernel, which the two share, and
+the parent would wait in vain for an answer that has arrived."""
+
+
 def store_of(url: str, *, timeout_s: float) -> tuple[FsspecStore, str]:
     """Return the store of a URL and the path inside it. Raises `StorageError` if nothing here can read such URLs."""
     import fsspec
@@ -308,6 +318,7 @@ def store_of(url: str, *, timeout_s: float) -> tuple[FsspecStore, str]:
         package = {"s3": "omniprep[s3]", "s3a": "omniprep[s3]", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
         advice = f"pip install '{package[protocol]}'" if protocol in package else "use one of fsspec's, such as s3://"
         raise StorageError(f"{url:.200}: {error}; {advice}") from None
+    _kept[id(filesystem)] = filesystem
     if protocol in ("s3", "s3a"):
         from omniprep.storage.s3 import S3Store
 

@@ -8,14 +8,13 @@ aborted, a read is one request for the bytes asked for, and each answer's ETag s
 import math
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 from omniprep.storage.folder import StorageError
 from omniprep.storage.fsspec_store import FsspecStore, Head, changed
 from omniprep.storage.retry import code_of, status_of
 
-PART_BYTES = 16 << 20
+PART_BYTES = 8 << 20
 """Size of an upload's parts, each of which is in memory while it is sent. S3 wants 5 MiB at least, and 10,000 parts at most."""
 _MAX_PARTS = 10_000
 
@@ -23,11 +22,8 @@ Retry = Callable[[Callable[[], Any]], Any]
 """Calls it, again where that helps."""
 
 
-@dataclass(frozen=True)
 class S3Store(FsspecStore):
     """Objects of S3, by `bucket/key`."""
-
-    part_bytes: int = PART_BYTES
 
     def head(self, path: str) -> Head | None:
         """Return size and ETag of an object, or None if it is absent; no listing is asked."""
@@ -69,7 +65,7 @@ class S3Store(FsspecStore):
 
     def put_parts(self, path: str, read: Callable[[int], bytes], num_bytes: int, retry: Retry) -> None:
         """Write an object in parts: it is there, whole, once the last request is answered. An upload that fails is aborted."""
-        part_bytes = max(self.part_bytes, math.ceil(num_bytes / _MAX_PARTS))
+        part_bytes = max(PART_BYTES, math.ceil(num_bytes / _MAX_PARTS))
         upload = str(retry(lambda: self._call("create_multipart_upload", path))["UploadId"])
         parts: list[dict[str, Any]] = []
         try:
