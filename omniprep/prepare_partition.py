@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -391,6 +391,7 @@ def check_supervised(sample: EncodedSample) -> None:
             )
 
 
+@cache
 def library_versions() -> dict[str, str]:
     """Return the versions of the libraries that may show in the bytes."""
     found: dict[str, str] = {}
