@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 from omniprep import __version__
 from omniprep.errors import DatasetError
@@ -35,9 +36,10 @@ def seal(recipe: Recipe, jobs: Sequence[Job], receipts: Sequence[Receipt], *, ve
     sweep(folder, receipts)
     manifest = _add_up(recipe, receipts)
     if version is not None:
-        before = read_manifest(folder)
-        if before.model_copy(update={"parity": ""}) == manifest:
-            return before  # nothing changed: a parity stamp stays true
+        with suppress(DatasetError):  # a damaged manifest is written anew
+            before = read_manifest(folder)
+            if before.model_copy(update={"parity": ""}) == manifest:
+                return before  # nothing changed: a parity stamp stays true
     try:
         folder.write_if(MANIFEST_NAME, manifest_bytes(manifest), version)
     except Conflict:

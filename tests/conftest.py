@@ -13,6 +13,9 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 
+# Here and not beside the tests it belongs to: with xdist the process that prints does not load their conftest.py.
+from tests.faults.report import pytest_terminal_summary  # noqa: E402, F401
+
 ROOT = Path(__file__).parents[1]
 
 # They are run as a program (`make bench`), with their own folder on the path.

@@ -1,0 +1,137 @@
+"""Processes are killed in the middle of a partition: rerunning the same command gives the bytes of an undisturbed build.
+
+A gate in a decoder (`broken_decoders/`) holds the build at a certain record, so that each is killed where it is meant to be.
+"""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from omniprep.storage.folder import open_folder
+from tests.faults.builds import (
+    finished,
+    is_running,
+    members,
+    omniprep,
+    parent_of,
+    prepare,
+    rejected_rows,
+    rerun,
+    wait_until,
+    watching,
+)
+from tests.prepare_builders import tree
+
+pytestmark = pytest.mark.media
+GATE, LATER_GATE = "0012.wav", "0036.jpg"
+"""Media of the third and the eighth of twelve partitions, neither of them the first of its process."""
+RAY = ("--workers", "2")
+
+
+@pytest.mark.fault("kill -9 of the process that decodes")
+def test_the_decoding_process_is_killed(undisturbed, decoders, begin, survived, tmp_path: Path) -> None:
+    decoders.fail({GATE: "gate"})
+    with watching(tmp_path / "out") as watch:
+        run = begin(prepare(undisturbed.corpus.recipe, tmp_path / "out"), decoders.environment)
+        os.kill(decoders.wait_at(GATE), signal.SIGKILL)
+        decoders.open_gate()
+        assert run.wait() == 0, run.told()
+    watch.check(undisturbed.files)
+    survived(tmp_path / "out", num_rows=undisturbed.corpus.num_rows(), expected=undisturbed.files)
+
+
+@pytest.mark.fault("kill -9 of the nursery that the decoding processes are forked from")
+def test_the_nursery_is_killed(undisturbed, decoders, begin, survived, tmp_path: Path) -> None:
+    decoders.fail({GATE: "gate"})
+    with watching(tmp_path / "out") as watch:
+        run = begin(prepare(undisturbed.corpus.recipe, tmp_path / "out"), decoders.environment)
+        child = decoders.wait_at(GATE)
+        os.kill(parent_of(child), signal.SIGKILL)
+        wait_until(lambda: not is_running(child))
+        decoders.open_gate()
+        assert run.wait() == 0, run.told()
+    watch.check(undisturbed.files)
+    survived(tmp_path / "out", num_rows=undisturbed.corpus.num_rows(), expected=undisturbed.files)
+
+
+def killed_at(gate: str, undisturbed, decoders, begin, out: Path, *how: str, number: int = signal.SIGKILL) -> str:
+    """Start a build, send its driver a signal while a record is decoded, and return what it said; nothing of it may live on."""
+    decoders.fail({gate: "gate"})
+    run = begin(prepare(undisturbed.corpus.recipe, out, *how), decoders.environment)
+    child = decoders.wait_at(gate)
+    family = [child, nursery := parent_of(child), parent_of(nursery)]
+    if number == signal.SIGINT:
+        run.interrupt()
+    else:
+        os.kill(run.pid, number)
+    assert run.wait() in ((130,) if number == signal.SIGINT else (-number, number)), run.told()  # Ray has a handler of its own
+    wait_until(lambda: not any(map(is_running, family)), within_s=40)
+    assert not (out / "manifest.json").exists()
+    assert 0 < finished(out) < 12
+    return run.told()
+
+
+@pytest.mark.fault("kill -9 of the driver, twice at different points")
+@pytest.mark.parametrize("how", ["serial", pytest.param("ray", marks=pytest.mark.ray)])
+def test_the_driver_is_killed_twice(undisturbed, decoders, begin, survived, tmp_path: Path, how: str) -> None:
+    out = tmp_path / "out"
+    with watching(out) as watch:
+        killed_at(GATE, undisturbed, decoders, begin, out, *(RAY if how == "ray" else ()))
+        before = finished(out)
+        killed_at(LATER_GATE, undisturbed, decoders, begin, out)
+        assert finished(out) > before
+        (out / "train-chat-00000.tar.12345.partial").write_bytes(b"half of a shard")
+        run = begin(prepare(undisturbed.corpus.recipe, out))
+        assert run.wait() == 0, run.told()
+    watch.check(undisturbed.files)
+    assert "of 12 partitions are finished already" in run.told()
+    survived(out, num_rows=undisturbed.corpus.num_rows(), expected=undisturbed.files)
+
+
+@pytest.mark.fault("SIGTERM to the driver")
+@pytest.mark.parametrize("how", ["serial", pytest.param("ray", marks=pytest.mark.ray)])
+def test_the_driver_is_terminated(undisturbed, decoders, begin, survived, tmp_path: Path, how: str) -> None:
+    out = tmp_path / "out"
+    with watching(out) as watch:
+        killed_at(GATE, undisturbed, decoders, begin, out, *(RAY if how == "ray" else ()), number=signal.SIGTERM)
+        rerun(undisturbed.corpus.recipe, out)
+    watch.check(undisturbed.files)
+    survived(out, num_rows=undisturbed.corpus.num_rows(), expected=undisturbed.files)
+
+
+@pytest.mark.fault("Ctrl-C in a terminal: SIGINT to every process of the group")
+@pytest.mark.parametrize("how", ["serial", pytest.param("ray", marks=pytest.mark.ray)])
+def test_interrupted_in_a_terminal(undisturbed, decoders, begin, survived, tmp_path: Path, how: str) -> None:
+    out = tmp_path / "out"
+    with watching(out) as watch:
+        told = killed_at(GATE, undisturbed, decoders, begin, out, *(RAY if how == "ray" else ()), number=signal.SIGINT)
+        assert f"interrupted; finished partitions are kept in {out}" in told
+        assert "Traceback" not in told
+        assert list(out.rglob("*.partial")) == []
+        rerun(undisturbed.corpus.recipe, out)
+    watch.check(undisturbed.files)
+    survived(out, num_rows=undisturbed.corpus.num_rows(), expected=undisturbed.files)
+
+
+@pytest.mark.fault("kill -9 of the decoding process again and again at one record")
+def test_a_record_whose_process_is_always_killed(undisturbed, decoders, begin, survived, tmp_path: Path) -> None:
+    """It cannot be told from a decoder that crashes: the record is quarantined, and `retry` brings it in."""
+    out = tmp_path / "out"
+    decoders.fail({GATE: "gate"})
+    run = begin(prepare(undisturbed.corpus.recipe, out), decoders.environment)
+    for _ in range(2):
+        mark = decoders.folder / f"at-{GATE}"
+        os.kill(decoders.wait_at(GATE), signal.SIGKILL)
+        mark.unlink()
+    assert run.wait() == 0, run.told()
+    (row,) = [row for row in rejected_rows(open_folder(str(out))) if row["reason"] == "crashed"]
+    assert row["row"] == 12
+    assert "killed by signal 9 (SIGKILL); the machine may be short of memory" in row["detail"]
+    finished_shards = {name: digest for name, digest in tree(out).items() if name.endswith(".tar")}
+    decoders.fail({})
+    assert begin(omniprep("retry", out, "--executor", "serial")).wait() == 1, "four bad records stay"
+    assert finished_shards.items() < tree(out).items()
+    assert members(out) == members(undisturbed.out)
+    survived(out, num_rows=undisturbed.corpus.num_rows())
