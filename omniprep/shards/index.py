@@ -118,8 +118,15 @@ def parquet_bytes(table: "pa.Table") -> bytes:
 def read_index(folder: Folder, name: str) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
     """Return the rows of an index and the names of the members. Raises `DatasetError` if it is not one."""
     table = read_index_table(folder, name)
-    rows: list[dict[str, Any]] = table.to_pylist()
-    return rows, tuple((table.schema.metadata or {})[b"omniprep.members"].decode().split())
+    wrong = [column for column, kind in COLUMNS.items() if table.schema.field(column).type != _arrow_type(kind)]
+    wrong += [column for column in COLUMNS if table.column(column).null_count]
+    if wrong:
+        raise DatasetError(f"{name}: not an OmniPrep index: {', '.join(wrong)} hold other values than they should")
+    try:
+        rows: list[dict[str, Any]] = table.to_pylist()
+        return rows, tuple((table.schema.metadata or {})[b"omniprep.members"].decode().split())
+    except ValueError as error:  # text that is no UTF-8
+        raise DatasetError(f"{name}: a damaged index: {' '.join(str(error).split())}") from None
 
 
 def read_index_table(folder: Folder, name: str, columns: Sequence[str] | None = None) -> "pa.Table":

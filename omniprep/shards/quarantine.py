@@ -81,8 +81,11 @@ def read_quarantine(folder: Folder, name: str) -> Iterator[Rejected]:
     try:
         data = pa.BufferReader(folder.read(f"{QUARANTINE_FOLDER}/{name}"))
         rows = pq.ParquetFile(data).read(columns=list(COLUMNS), use_threads=False).to_pylist()
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: text that is no UTF-8
         raise DatasetError(f"{name}: not a readable quarantine file: {' '.join(str(error).split())}") from None
+    missing = [column for column in COLUMNS if any(row.get(column) is None for row in rows)]
+    if missing:
+        raise DatasetError(f"{name}: not a quarantine file: lacks {', '.join(missing)}")
     for row in rows:
         blobs = tuple(row.pop("blobs"))
         yield Rejected(rejection=Rejection(**row), blobs=blobs)

@@ -139,9 +139,13 @@ def _detect_messages(row: Mapping[str, Any], keys: set[str]) -> str:
     messages = row["messages"]
     if isinstance(messages, (list, tuple)):
         for message in messages:
-            if isinstance(message, Mapping) and ("from" in message or message.get("role") in _FOREIGN_ROLES):
+            if isinstance(message, Mapping) and ("from" in message or _is_foreign(message.get("role"))):
                 return "sharegpt"
     return "messages"
+
+
+def _is_foreign(role: object) -> bool:
+    return isinstance(role, str) and role in _FOREIGN_ROLES
 
 
 _PROMPT_COLUMN = {"trl": "prompt", "text": "prompt", "swift": "query"}
