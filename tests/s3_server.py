@@ -5,6 +5,8 @@
 Import the fixture `s3` where it is needed; it gives a fresh bucket, and an environment in which `s3://` leads to the proxy.
 """
 
+import atexit
+import functools
 import http.client
 import itertools
 import re
@@ -210,29 +212,31 @@ class _Handler(BaseHTTPRequestHandler):
         return re.sub(rb"<Contents>.*?</Contents>", kept, listing, flags=re.DOTALL)
 
 
-@pytest.fixture(scope="session")
-def s3_proxy() -> Iterator[FaultyProxy]:
+@functools.cache
+def _proxy() -> FaultyProxy:
+    """Start both servers, once for all test modules: s3fs keeps its connections, and so its endpoint, for the whole process."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
-    with FaultyProxy(("127.0.0.1", 0), _Handler) as proxy:
-        host, port = server.get_host_and_port()
-        proxy.upstream = (str(host), int(port))
-        threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-        yield proxy
-        proxy.shutdown()
-    server.stop()
+    host, port = server.get_host_and_port()
+    proxy = FaultyProxy(("127.0.0.1", 0), _Handler)
+    proxy.upstream = (str(host), int(port))
+    threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    atexit.register(server.stop)
+    atexit.register(proxy.shutdown)
+    return proxy
 
 
 _numbers = itertools.count()
 
 
 @pytest.fixture
-def s3(s3_proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
     import boto3
 
-    endpoint = f"http://127.0.0.1:{s3_proxy.server_port}"
+    proxy = _proxy()
+    endpoint = f"http://127.0.0.1:{proxy.server_port}"
     for name, value in {
         "AWS_ACCESS_KEY_ID": "tests",
         "AWS_SECRET_ACCESS_KEY": "tests",
@@ -243,8 +247,8 @@ def s3(s3_proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
         "no_proxy": "127.0.0.1",
     }.items():
         monkeypatch.setenv(name, value)
-    client = boto3.client("s3", endpoint_url="http://{}:{}".format(*s3_proxy.upstream))
-    s3_proxy.state = S3(f"tests-{next(_numbers)}", endpoint, client)
-    client.create_bucket(Bucket=s3_proxy.state.bucket)
-    yield s3_proxy.state
-    s3_proxy.state.quiet.set()
+    client = boto3.client("s3", endpoint_url="http://{}:{}".format(*proxy.upstream))
+    proxy.state = S3(f"tests-{next(_numbers)}", endpoint, client)
+    client.create_bucket(Bucket=proxy.state.bucket)
+    yield proxy.state
+    proxy.state.quiet.set()

@@ -21,9 +21,9 @@ from omniprep.sources.partitions import Row
 from omniprep.sources.webdataset import WebDatasetSource
 from omniprep.storage import remote
 from omniprep.storage.folder import StorageError
-from tests.s3_server import S3, Request, s3, s3_proxy
+from tests.s3_server import S3, Request, s3
 
-__all__ = ["s3", "s3_proxy"]
+__all__ = ["s3"]
 
 NUM_ROWS = 3000
 RANDOM = random.Random(0)
