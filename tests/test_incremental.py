@@ -1,0 +1,199 @@
+"""A second build does what changed and nothing else."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from omniprep import prepare as module
+from omniprep.encode import media_items
+from omniprep.errors import ConfigError, DatasetError
+from omniprep.prepare import plan_jobs, prepare
+from omniprep.prepare_partition import prepare_partition
+from omniprep.receipts import Claim, is_output, read_claim
+from omniprep.shards.reader import iter_samples
+from omniprep.storage.folder import open_folder
+from omniprep.verify import verify
+from tests.prepare_builders import chat, recipe, tree, write_media, write_recipe, write_rows
+
+TEXT = [chat(number) for number in range(10)]
+RUN = {"rows_per_partition": 4, "executor": "serial", "guard": {"enabled": False}}
+ONE = {"name": "one", "kind": "jsonl", "path": "data/chat.jsonl"}
+TWO = {"name": "two", "kind": "jsonl", "path": "data/two.jsonl"}
+
+
+@pytest.fixture
+def done_again(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the partitions that are done from now on; the test may clear it."""
+    stems: list[str] = []
+
+    def noted(worker, job):
+        stems.append(job.stem)
+        return prepare_partition(worker, job)
+
+    monkeypatch.setattr(module, "prepare_partition", noted)
+    return stems
+
+
+def test_an_update_touches_only_the_source_whose_options_changed(tmp_path: Path, done_again: list[str]) -> None:
+    write_rows(tmp_path / "data/two.jsonl", TEXT[:3])
+    prepare(recipe(tmp_path, TEXT, sources=[ONE, TWO]))
+    done_again.clear()
+    changed = recipe(tmp_path, TEXT, sources=[ONE, {**TWO, "split": "val"}])
+    with pytest.raises(ConfigError, match=r"another recipe \(sources\.1\.split: null -> \"val\"\).*--update"):
+        prepare(changed)
+    manifest = prepare(changed, mode="update")
+    assert done_again == ["two-00000"]
+    assert sorted(manifest.by_split) == ["train", "val"]
+    assert manifest.recipe["sources"][1]["split"] == "val"
+    assert list(verify(tmp_path / "out")) == []
+
+
+def test_a_new_source_and_more_rows_leave_the_rest_as_it_is(tmp_path: Path, done_again: list[str]) -> None:
+    write_rows(tmp_path / "data/two.jsonl", TEXT[:3])
+    prepare(recipe(tmp_path, TEXT, sources=[ONE]))
+    done_again.clear()
+    prepare(recipe(tmp_path, TEXT, sources=[TWO, ONE]), mode="update")
+    assert done_again == ["two-00000"], "the new one, although it comes first"
+    done_again.clear()
+    prepare(recipe(tmp_path, [*TEXT, *TEXT], sources=[TWO, ONE]))
+    assert done_again == ["one-00002", "one-00003", "one-00004"], "the last partition was not full"
+    shutil.rmtree(tmp_path / "other", ignore_errors=True)
+    prepare(recipe(tmp_path, [*TEXT, *TEXT], sources=[TWO, ONE], output=str(tmp_path / "other")))
+    assert tree(tmp_path / "other") == tree(tmp_path / "out"), "the bytes of a build from nothing"
+
+
+def test_a_source_that_is_gone_takes_its_files_along(tmp_path: Path) -> None:
+    write_rows(tmp_path / "data/two.jsonl", [*TEXT[:3], "{"])
+    prepare(recipe(tmp_path, TEXT, sources=[ONE, TWO]))
+    mine = tmp_path / "out" / "backup-20260101.tar"
+    mine.write_bytes(b"a user's own")
+    manifest = prepare(recipe(tmp_path, TEXT, sources=[ONE]), mode="update")
+    assert manifest.rejects == {}
+    assert {path.name for path in (tmp_path / "out").rglob("*two*")} == set()
+    assert mine.exists()
+    assert [str(found).split(":")[0] for found in verify(tmp_path / "out")] == ["backup-20260101.tar"]
+
+
+def test_limits_and_paths_choose_rows_and_do_not_change_them(tmp_path: Path, done_again: list[str]) -> None:
+    prepare(recipe(tmp_path, TEXT, sources=[{**ONE, "limit": 8}]))
+    done_again.clear()
+    write_rows(tmp_path / "data/chats.jsonl", TEXT[:2])
+    more = {**ONE, "path": ["data/chat.jsonl", "data/chats.jsonl"]}
+    assert prepare(recipe(tmp_path, TEXT, sources=[more]), mode="update").num_rows == 12
+    assert done_again == ["one-00002"]
+
+
+def test_only_partitions_that_name_a_changed_file_are_done_again(tmp_path: Path, done_again: list[str]) -> None:
+    write_media(tmp_path / "data")
+    shutil.copy(tmp_path / "data/i.png", tmp_path / "data/j.png")
+    rows = [*TEXT[:4], chat(4, {"image": "i.png"}), *TEXT[5:8], chat(8, {"image": "j.png"})]
+    made = recipe(tmp_path, rows)
+    first = prepare(made)
+    done_again.clear()
+    os.utime(tmp_path / "data/i.png")
+    assert prepare(made) == first
+    assert done_again == [], "another time, the same content"
+    write_media(tmp_path / "data")
+    assert prepare(made) == first
+    assert done_again == [], "written again with the same bytes"
+    from PIL import Image
+
+    Image.new("RGB", (90, 60), "red").save(tmp_path / "data/i.png")
+    changed = prepare(made)
+    assert done_again == ["chat-00001"]
+    assert changed != first
+    done_again.clear()
+    (tmp_path / "data/j.png").unlink()
+    assert prepare(made).rejects == {"media_missing": 1}
+    assert done_again == ["chat-00002"]
+    done_again.clear()
+    Image.new("RGB", (90, 60), "blue").save(tmp_path / "data/i.png")
+    unchecked = recipe(tmp_path, rows, run={**RUN, "check_media": False})
+    prepare(unchecked)
+    assert done_again == []
+
+
+def test_rows_inside_a_container_are_compared_by_content_when_its_time_changed(tmp_path: Path, done_again: list[str]) -> None:
+    table = pa.table({"messages": [row["messages"][1:] for row in TEXT], "prompt": ["a" * 50] * 10})
+    path = tmp_path / "data" / "rows.parquet"
+    source = {"name": "rows", "kind": "parquet", "path": "data/rows.parquet"}
+    made = recipe(tmp_path, TEXT, sources=[source])
+    pq.write_table(table, path, compression="none", use_dictionary=False, write_statistics=False, row_group_size=4)
+    first = prepare(made)
+    done_again.clear()
+    os.utime(path)
+    assert prepare(made) == first
+    assert done_again == []
+    data = path.read_bytes()
+    at = data.index(b"answer 9")
+    path.write_bytes(data[:at] + b"ANSWER 9" + data[at + 8 :])  # the footer, and so the plan, stays as it was
+    assert prepare(made).num_rows == first.num_rows
+    assert done_again == ["rows-00002"]
+
+
+def test_a_size_chosen_once_stays(tmp_path: Path) -> None:
+    auto = {"executor": "serial", "guard": {"enabled": False}}
+    made = recipe(tmp_path, TEXT * 30, run=auto)
+    prepare(made)
+    claim = read_claim(open_folder(made.output))
+    assert claim is not None and list(claim.rows_per_partition) == ["chat"]
+    jobs = plan_jobs(made.located(), claim)
+    write_rows(tmp_path / "data/chat.jsonl", TEXT * 300)
+    assert plan_jobs(made.located(), claim)[0] == jobs[0] if len(jobs) > 1 else True
+    assert {job.rows_per_partition for job in plan_jobs(made.located(), Claim(recipe={}, rows_per_partition={"chat": 7}))} == {7}
+
+
+def test_a_change_of_text_decodes_no_media_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_media(tmp_path / "data")
+    rows = [chat(0, {"image": "i.png"}), chat(1, {"audio": "a.wav"}), *TEXT[2:]]
+    run = {**RUN, "media_cache": str(tmp_path / "cache")}
+    prepare(recipe(tmp_path, rows, run=run))
+    plain = recipe(tmp_path, rows, output=str(tmp_path / "plain"), encode={"template": {"system_prompt": "Be kind."}})
+    prepare(plain)
+    for name in ("decode_image", "decode_audio"):
+        monkeypatch.setattr(media_items, name, lambda *_args, **_more: pytest.fail("a medium was decoded again"))
+    kind = recipe(tmp_path, rows, run=run, encode={"template": {"system_prompt": "Be kind."}})
+    prepare(kind, mode="update")
+    assert tree(tmp_path / "plain") == tree(tmp_path / "out"), "with a cache and without: the same bytes"
+    assert any("Be kind" in json.dumps(row) for row in [kind.identity()])
+    assert len(list(iter_samples(tmp_path / "out"))) == 10
+
+
+def test_a_hopeless_run_stops_as_soon_as_that_is_certain(tmp_path: Path, done_again: list[str]) -> None:
+    rows = ["{"] * 400
+    made = recipe(tmp_path, rows, run={**RUN, "rows_per_partition": 20, "max_reject_rate": 0.1})
+    with pytest.raises(DatasetError, match=r"60 of 400 records are rejected \(schema_invalid: 60\), more than .*=0\.1; stopped"):
+        prepare(made)
+    assert len(done_again) == 3
+    default = recipe(tmp_path, rows, run={**RUN, "rows_per_partition": 20})
+    with pytest.raises(DatasetError, match=r"220 of 400 records are rejected"):
+        prepare(default)
+    assert prepare(recipe(tmp_path, rows, run={**RUN, "rows_per_partition": 20, "max_reject_rate": 1.0})).num_rows == 400
+
+
+def test_names_of_outputs() -> None:
+    for name in ("train-chat-00003.tar", "a_b-x-y-00003-01.parquet", "quarantine/chat-00003-r2.parquet", "receipts/c-12345.json"):
+        assert is_output(name), name
+    for name in (
+        "manifest.json",
+        "train-00003.tar",
+        "notes.parquet",
+        "receipts/lock",
+        "receipts/hotel.json",
+        "x/train-c-00003.tar",
+    ):
+        assert not is_output(name), name
+
+
+def test_the_recipe_file_is_where_it_was(tmp_path: Path) -> None:
+    """`prepare` must not write beside the recipe."""
+    path = write_recipe(tmp_path, TEXT)
+    before = sorted(tmp_path.iterdir())
+    prepare(recipe(tmp_path, TEXT))
+    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "out"])
+    assert path.exists()
