@@ -34,12 +34,15 @@ NAME = "name"
 """The column that rows are joined by, where it is neither their key nor their content."""
 BYTES_OF = "bytes of "
 """Prefix of the columns that hold the size of a member."""
-_READ = tuple(name for name in COLUMNS if name not in ("offset", "size", "member_offsets"))
+_READ = tuple(name for name in COLUMNS if name not in ("offset", "size", "member_offsets") and not name.startswith("has_"))
+"""Where a record lies is no matter, and what it has follows from the counts."""
 _PLACE = ("shard", "number")
 """Where a row's record is: number of the shard in the manifest, number of the record in the shard."""
 _CONTENT_DIGITS = 32
 """Of `content_sha256`: 128 bits tell records apart, and half the memory is saved."""
 BUCKET_ROWS = 1 << 17
+_MAX_BUCKETS = 256
+"""Beyond 30 million rows buckets grow instead: very many would be written a few rows at a time."""
 _READ_TOGETHER = 32
 
 
@@ -114,8 +117,8 @@ class Buckets:
 
     def __init__(self, num_rows: int, *, by: str, bucket_rows: int = BUCKET_ROWS) -> None:
         self._by = by
-        self._num_buckets = max(1, -(-num_rows // bucket_rows))
-        self._flush_rows = bucket_rows // 2
+        self._num_buckets = min(_MAX_BUCKETS, max(1, -(-num_rows // bucket_rows)))
+        self._flush_rows = num_rows // self._num_buckets // 2
         self._folder: Path | None = None
         self._held: dict[tuple[int, int], list[Any]] = {}
         self._num_held = 0
@@ -132,8 +135,8 @@ class Buckets:
         if self._num_buckets == 1:
             self._held.setdefault((0, side), []).append(table)
             return
-        names = table[self._by].to_pylist()
-        bucket = np.fromiter((zlib.crc32(name.encode()) for name in names), np.int64, len(names)) % self._num_buckets
+        names = table[self._by].cast("binary").to_pylist()
+        bucket = np.fromiter(map(zlib.crc32, names), np.int64, len(names)) % self._num_buckets
         order = np.argsort(bucket, kind="stable")
         table = table.take(order)
         edges = np.searchsorted(bucket[order], np.arange(self._num_buckets + 1)).tolist()

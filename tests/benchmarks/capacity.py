@@ -220,7 +220,7 @@ def _tree(pid: int) -> Iterator[int]:
 
 
 def _role(command: bytes) -> str:
-    if command.startswith(b"ray::"):
+    if command.startswith(b"ray::") and b"Agent" not in command:
         return "worker"
     return "guard" if b"omniprep.run.nursery" in command else "ray"
 
