@@ -213,6 +213,7 @@ def prepare_partition(worker: Worker, job: Job) -> Receipt:
     )
     write_inputs(worker.folder, job.stem, [*_source_files(job.partition), *written.media])
     write_receipt(worker.folder, receipt)
+    metrics.count(metrics.PARTITIONS, source=source.name)
     return receipt
 
 
