@@ -28,7 +28,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv samples demo test lint types tests bench capacity docs clean distclean
+.PHONY: help venv samples demo test lint types tests bench fuzz capacity docs clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +68,10 @@ test: lint types tests ## lint, types and all tests
 
 bench: $(STAMP) samples ## every speed ratio that the docs claim, measured now
 	@OMNIPREP_SAMPLES=$(abspath $(SAMPLES)) $(PY) tests/benchmarks/run.py
+
+SECONDS ?= 60
+fuzz: $(STAMP) ## coverage-guided fuzzing of the parsers, four targets one after another (SECONDS=60 each)
+	@$(PY) -m tests.fuzz.atheris_run $(SECONDS)
 
 capacity: $(STAMP) samples ## a million text and 20,000 audio records: time and memory (an hour, 15 GB; CAPACITY="--text 20000 --audio 500" for a trial)
 	@OMNIPREP_SAMPLES=$(abspath $(SAMPLES)) $(PY) tests/benchmarks/capacity.py $(CAPACITY)
