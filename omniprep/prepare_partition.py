@@ -10,12 +10,13 @@ receipt is written last, so a partition is finished or it is not.
 """
 
 import hashlib
+import importlib
 import importlib.metadata
 import json
 import time
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -63,6 +64,8 @@ LIBRARIES = (
     "torchvision",
 )
 """Libraries whose version may show in the bytes; the manifest names them."""
+
+_DECODERS = ("av", "decord", "PIL.Image", "simplejpeg", "soundfile", "soxr")
 
 Stage = Literal["read", "parse", "encode"]
 T = TypeVar("T")
@@ -136,6 +139,12 @@ class _Build:
     profile: ModelProfile
 
     def __call__(self) -> RowEncoder:
+        """Return it, with all that decodes imported: the process that takes a killed one's place has it from the start."""
+        encode = self.recipe.encode
+        torch = "exact" in (encode.image.resize, encode.video.resize) or encode.audio.backend == "torchaudio"
+        for name in (*_DECODERS, *(("torch",) if torch else ())):
+            with suppress(ImportError):  # told where it is needed, if it is
+                importlib.import_module(name)
         return RowEncoder(self.recipe, self.profile)
 
 
