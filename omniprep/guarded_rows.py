@@ -2,8 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from omniprep.errors import Reason, RejectSample
 from omniprep.recipe import GuardConfig
@@ -15,8 +14,7 @@ from omniprep.sources.partitions import Row
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RowTask:
+class RowTask(NamedTuple):
     """A row on its way to the guarded process."""
 
     source: int

@@ -20,7 +20,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 from omniprep import __version__
 from omniprep.encode.estimate import Estimate
@@ -87,9 +87,11 @@ class Job:
         return partition_stem(self.partition.source, self.partition.index)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EncodedRow:
-    """What became of a row: a record, or why there is none, and the media files that it took."""
+class EncodedRow(NamedTuple):
+    """What became of a row: a record, or why there is none, and the media files that it took.
+
+    A tuple, for it crosses a pipe: pickling a data class with slots takes ten times as long.
+    """
 
     record: ShardRecord | None = None
     error: RejectSample | None = None
