@@ -2,18 +2,20 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 from omniprep import __version__
 from omniprep.errors import DatasetError
 from omniprep.prepare_partition import Job
 from omniprep.profile import QWEN2_5_OMNI
-from omniprep.receipts import Receipt, sweep
+from omniprep.receipts import Receipt, files_are_there, sweep
 from omniprep.recipe import Recipe
 from omniprep.shards.manifest import MANIFEST_NAME, Manifest, Totals, add_up, manifest_bytes, read_manifest
-from omniprep.storage.folder import Conflict, open_folder
+from omniprep.storage.folder import Conflict, Folder, open_folder
 
 _DEFAULT_REJECT_RATE = 0.5
+_THREADS = 16
 _MIN_REJECTED = 100
 """A small trial in which everything fails is not stopped by the default limit."""
 
@@ -34,6 +36,7 @@ def seal(recipe: Recipe, jobs: Sequence[Job], receipts: Sequence[Receipt], *, ve
     check_rate(recipe, receipts, num_rejected=num_rejected, num_rows=num_rows)
     folder = open_folder(recipe.output)
     sweep(folder, receipts)
+    _check_files(folder, receipts)
     manifest = _add_up(recipe, receipts)
     if version is not None:
         with suppress(DatasetError):  # a damaged manifest is written anew
@@ -48,6 +51,18 @@ def seal(recipe: Recipe, jobs: Sequence[Job], receipts: Sequence[Receipt], *, ve
             "`omniprep verify` tells. Otherwise build them in folders of their own"
         ) from None
     return manifest
+
+
+def _check_files(folder: Folder, receipts: Sequence[Receipt]) -> None:
+    """Look once more whether all is there: an object store has no lock that would have kept a second build out."""
+    with ThreadPoolExecutor(_THREADS) as threads:
+        there = threads.map(lambda receipt: files_are_there(folder, receipt), receipts)
+        missing = [receipt.stem for receipt, whole in zip(receipts, there, strict=True) if not whole]
+    if missing:
+        raise DatasetError(
+            f"{folder.place}: files of {len(missing)} finished partitions are gone ({', '.join(missing[:5])}); was another build "
+            "writing there, or were they deleted? Not sealed; run the same command again"
+        )
 
 
 def check_rate(recipe: Recipe, receipts: Iterable[Receipt], *, num_rejected: int, num_rows: int) -> None:

@@ -197,3 +197,19 @@ def test_the_recipe_file_is_where_it_was(tmp_path: Path) -> None:
     prepare(recipe(tmp_path, TEXT))
     assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "out"])
     assert path.exists()
+
+
+def test_nothing_is_sealed_whose_files_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def thieving(worker, job):
+        receipt = prepare_partition(worker, job)
+        if job.partition.index == 2:
+            (tmp_path / "out" / "train-chat-00000.tar").unlink()
+        return receipt
+
+    monkeypatch.setattr(module, "prepare_partition", thieving)
+    made = recipe(tmp_path, TEXT)
+    with pytest.raises(DatasetError, match=r"files of 1 finished partitions are gone \(chat-00000\).*run the same command again"):
+        prepare(made)
+    monkeypatch.undo()
+    assert prepare(made).num_rows == 10
+    assert list(verify(tmp_path / "out")) == []
