@@ -22,7 +22,7 @@ REAL = (
     ("llamafactory/data/mllm_demo_data/3.jpg", "image"),
     ("scikit-image/chessboard_RGB.png", "image"),
     ("scikit-image/microaneurysms.png", "image"),
-    ("scikit-image/multipage_rgb.tif", "image"),
+    ("scikit-image/multipage.tif", "image"),
     ("scikit-image/no_time_for_that_tiny.gif", "image"),
     ("llamafactory/data/mllm_demo_data/2.wav", "audio"),
     ("llamafactory/data/mllm_demo_data/4.mp3", "audio"),
