@@ -143,7 +143,7 @@ class _Build:
     def __call__(self) -> RowEncoder:
         """Return it, with all that decodes imported: the process that takes a killed one's place has it from the start."""
         encode = self.recipe.encode
-        torch = "exact" in (encode.image.resize, encode.video.resize) or encode.audio.backend == "torchaudio"
+        torch = encode.video.resize == "exact" or encode.audio.backend == "torchaudio"
         for name in (*_DECODERS, *(("torch",) if torch else ())):
             with suppress(ImportError):  # told where it is needed, if it is
                 importlib.import_module(name)
