@@ -68,12 +68,13 @@ def killed(undisturbed, decoders: Decoders, begin_there, out: Path, choose: Call
     with watching(out) as watch:
         run = begin_there(undisturbed.corpus.recipe, out, decoders.environment)
         child = decoders.wait_at(GATE)
+        worker = worker_of(child)
         os.kill(choose(child), signal.SIGKILL)
-        wait_until(lambda: not is_running(child), within_s=40)
-        decoders.open_gate()
+        decoders.open_gate()  # a worker whose raylet is gone may finish its partition beside the one that does it again
         assert run.wait() == 0, run.told()
     assert "Traceback" not in run.told()
     watch.check(undisturbed.files)
+    wait_until(lambda: not is_running(worker) and not is_running(child))
 
 
 @pytest.mark.fault("kill -9 of a Ray worker in the middle of a partition")

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from omniprep.storage.folder import open_folder
-from tests.faults.builds import line_of_error, members, prepare, rejected_rows, rerun
+from tests.faults.builds import line_of_error, members, prepare, rejected_rows
 from tests.faults.corpus import Corpus, write_recipe
 from tests.hostile.mutants import write_corpus
 from tests.prepare_builders import chat, write_rows
@@ -26,11 +26,8 @@ def test_a_hopeless_build_ends_early(begin, survived, tmp_path: Path) -> None:
     corpus = Corpus(tmp_path / "own")
     rows = [chat(number, {"image": f"media/{number}.png"}) for number in range(NUM_HOPELESS)]
     write_rows(corpus.lines, rows)
-    write_recipe(
-        corpus,
-        sources=[{"name": "chat", "kind": "jsonl", "path": "data/chat.jsonl"}],
-        run={"rows_per_partition": 100, "max_reject_rate": 0.05},
-    )
+    sources = [{"name": "chat", "kind": "jsonl", "path": "data/chat.jsonl"}]
+    write_recipe(corpus, sources=sources, run={"rows_per_partition": 100, "max_reject_rate": 0.05})
     run = begin(prepare(corpus.recipe, tmp_path / "out"))
     assert run.wait() == 1
     told = line_of_error(run.told())
@@ -40,14 +37,12 @@ def test_a_hopeless_build_ends_early(begin, survived, tmp_path: Path) -> None:
     assert num_done == 300, "the first partition with which more than 5 % are certain"
     assert not (tmp_path / "out" / "manifest.json").exists()
 
-    from PIL import Image
-
-    corpus.media.mkdir()
-    Image.new("RGB", (56, 56), "red").save(corpus.media / "0.png")
-    for number in range(1, NUM_HOPELESS):
-        os.link(corpus.media / "0.png", corpus.media / f"{number}.png")
-    assert rerun(corpus.recipe, tmp_path / "out").rejects == {}
-    survived(tmp_path / "out", num_rows=NUM_HOPELESS, more=f"; was stopped after {num_done}, then mended")
+    write_recipe(corpus, sources=sources, run={"rows_per_partition": 100, "max_reject_rate": 1.0})
+    run = begin(prepare(corpus.recipe, tmp_path / "out"))
+    assert run.wait() == 1, run.told()
+    assert "3 of 50 partitions are finished already" in run.told()
+    assert line_of_error(run.told()) == f"error: no record was stored: all {NUM_HOPELESS} were rejected"
+    survived(tmp_path / "out", num_rows=NUM_HOPELESS, more=f"; was stopped after {num_done}, then let through")
 
 
 @pytest.mark.fault("thousands of damaged media")
