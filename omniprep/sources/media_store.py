@@ -16,6 +16,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
@@ -127,7 +128,7 @@ class MediaStore:
         return MediaFile(name=name, path=Path(real), stamp=str(status.st_mtime_ns))
 
     def _remote(self, url: str, *, name: str, base: str) -> MediaFile:
-        rules = _rules((*self._url_rules, base) if is_url(base) else self._url_rules)
+        rules = _rules(self._url_rules, base if is_url(base) else None)
         try:
             data, stamp = self._fetch(url, rules.judge(url), rules)
         except web.ForbiddenError as error:
@@ -177,7 +178,10 @@ def _real(folder: str) -> str:
 
 
 @lru_cache(maxsize=256)
-def _rules(allowed: tuple[str, ...]) -> web.Rules:
+def _rules(allowed: tuple[str, ...], base: str | None) -> web.Rules:
+    if base is not None:
+        with suppress(web.ForbiddenError):  # a folder inside an archive, say: names beside it are refused one by one
+            return web.Rules((*allowed, base))
     return web.Rules(allowed)
 
 

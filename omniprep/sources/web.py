@@ -88,8 +88,15 @@ def parse(url: str) -> Address:
     """Return a URL's parts. Raises `ForbiddenError` for what is no URL, or one that two programs may read differently."""
     if len(url) > MAX_URL_CHARACTERS:
         raise ForbiddenError(f"a URL of {len(url)} characters")
-    if any(char <= " " or char == "\x7f" for char in url) or "::" in url.partition("://")[0]:
-        raise ForbiddenError("spaces, control characters and chained URLs (`::`) are not allowed")
+    scheme, _, place = url.partition("://")
+    if any(char < " " or char == "\x7f" for char in url) or "::" in scheme:
+        raise ForbiddenError("control characters and chained URLs (`::`) are not allowed")
+    if " " in (url if scheme.lower() in _PORTS else scheme):  # the name of an object may have one
+        raise ForbiddenError("a space in an address is not allowed; write %20")
+    if scheme.lower() not in _PORTS:
+        if "::" in place:
+            raise ForbiddenError("chained URLs (`::`) are not allowed")
+        _refuse_dots(place)  # all of it: a store takes `?` and `#` for characters of a name
     try:
         parts = urlsplit(url)
         port = parts.port
@@ -97,8 +104,6 @@ def parse(url: str) -> Address:
         raise ForbiddenError(f"not a URL: {one_line(error)}") from None
     if not parts.scheme:
         raise ForbiddenError("not a URL: it has no scheme")
-    if "::" in url and parts.scheme not in _PORTS:
-        raise ForbiddenError("chained URLs (`::`) are not allowed")
     _refuse_dots(parts.path)
     if parts.scheme not in _PORTS:
         return Address(scheme=parts.scheme, host=parts.netloc, port=0, path=parts.path, query=parts.query)

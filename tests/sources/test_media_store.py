@@ -211,6 +211,18 @@ def test_relative_names_in_remote_files_stay_below_their_folder(root: Path) -> N
     assert reason(f"file://{root}/a.png", "memory://remote") is Reason.MEDIA_FORBIDDEN
 
 
+def test_folders_at_urls_may_have_spaces_and_be_archives(root: Path) -> None:
+    import fsspec
+
+    fsspec.filesystem("memory").pipe("/far away/a b.png", b"picture")
+    assert STORE.resolve("a b.png", base="memory://far away").data == b"picture"
+    for name in ("../a.png", "?/../../a.png", "#/../../a.png"):
+        assert reason(name, "memory://far away") is Reason.MEDIA_FORBIDDEN, name
+    for base in ("zip://chat.jsonl::s3://bucket", "https://example.org/a b"):
+        assert reason("a.png", base) is Reason.MEDIA_FORBIDDEN, base
+        assert reason("https://example.org/a.png", base) is Reason.MEDIA_FORBIDDEN, base
+
+
 def test_http_is_fetched_where_allowed(root: Path) -> None:
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
