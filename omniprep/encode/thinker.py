@@ -20,8 +20,8 @@ from omniprep.encode.media_items import ComputeMel, MediaEncoder, MediaSettings,
 from omniprep.errors import Reason, RejectSample
 from omniprep.profile import QWEN2_5_OMNI, ModelProfile
 from omniprep.records import AudioPart, Conversation, Document, ImagePart, MediaPart, Preference, Record, VideoPart
-from omniprep.tokens.encode_text import TokenRun, encode_pieces
-from omniprep.tokens.layout import AudioRun, ImageRun, Run, VideoRun, lay_out
+from omniprep.tokens.encode_text import encode_pieces
+from omniprep.tokens.layout import AudioRun, ImageRun, Run, Span, TextRun, VideoRun, lay_out
 from omniprep.tokens.template import ChatTemplate, MediaPiece, Piece, TemplateConfig
 from omniprep.tokens.vocab import TokenizerConfig, load_tokenizer
 from omniprep.types import EncodedAudio, EncodedSample, EncodedVision, Layout, RopeMode
@@ -95,7 +95,7 @@ class ThinkerEncoder:
             return self.template.document(record)
         return self.template.conversation(record.messages, tools=record.tools, add_generation_prompt=add_generation_prompt)
 
-    def _encode_text(self, pieces: Sequence[Piece]) -> list[TokenRun | MediaPiece]:
+    def _encode_text(self, pieces: Sequence[Piece]) -> list[TextRun | MediaPiece]:
         return encode_pieces(pieces, self.tokenizer, self.config.template.text_policy)
 
     def _encode_preference(self, record: Preference, media: _Media, resolve: Resolve) -> dict[str, Layout]:
@@ -111,7 +111,7 @@ class ThinkerEncoder:
         return {name: self._lay_out([*runs, *tail], keep_media=True) for name, tail in tails.items()}
 
     def _encode_media(
-        self, runs: Sequence[TokenRun | MediaPiece], media: _Media, resolve: Resolve, *, reserved: int = 0
+        self, runs: Sequence[TextRun | MediaPiece], media: _Media, resolve: Resolve, *, reserved: int = 0
     ) -> list[Run]:
         """Put a media run in place of every media piece. Videos come last, when the tokens of all else are known."""
         with ExitStack() as files:
@@ -126,7 +126,7 @@ class ThinkerEncoder:
             shares = self._video_shares(videos, num_tokens)
             return [placed for run in opened for placed in self._place(run, media, shares)]
 
-    def _open(self, run: TokenRun | MediaPiece, resolve: Resolve) -> "TokenRun | OpenVideo | _Sounds | _Picture":
+    def _open(self, run: TextRun | MediaPiece, resolve: Resolve) -> "TextRun | OpenVideo | _Sounds | _Picture":
         if not isinstance(run, MediaPiece):
             return run
         try:
@@ -157,7 +157,7 @@ class ThinkerEncoder:
             return sides[0] + estimate_text(sides[1].num_tokens)
         return self._estimate_runs(self._encode_text(self._render(record, add_generation_prompt=False)), resolve)
 
-    def _estimate_runs(self, runs: Sequence[TokenRun | MediaPiece], resolve: Resolve) -> Estimate:
+    def _estimate_runs(self, runs: Sequence[TextRun | MediaPiece], resolve: Resolve) -> Estimate:
         total = estimate_text(sum(len(run[0]) for run in runs if not isinstance(run, MediaPiece)))
         limit = self.config.max_tokens
         for run in sorted((run for run in runs if isinstance(run, MediaPiece)), key=lambda run: run.part.type == "video"):
@@ -168,7 +168,7 @@ class ThinkerEncoder:
                 raise error.at(run.place) from None
         return total
 
-    def _num_tokens(self, run: "TokenRun | _Sounds | _Picture") -> int:
+    def _num_tokens(self, run: "TextRun | _Sounds | _Picture") -> int:
         match run:
             case _Sounds(items):
                 return sum(self.profile.num_audio_tokens(item.num_mel_frames) + 2 for item in items)
@@ -192,7 +192,7 @@ class ThinkerEncoder:
         return iter([int(left * video.duration_s / total_s) for video in videos])
 
     def _place(
-        self, run: "TokenRun | OpenVideo | _Sounds | _Picture", media: _Media, shares: Iterator[int | None]
+        self, run: "TextRun | OpenVideo | _Sounds | _Picture", media: _Media, shares: Iterator[int | None]
     ) -> Iterator[Run]:
         match run:
             case _Sounds(items):
@@ -242,14 +242,14 @@ class ThinkerEncoder:
                 continue
             if isinstance(run, tuple) and left:
                 ids, supervised = run
-                kept.append((ids[:left], supervised if isinstance(supervised, bool) else supervised[:left]))
+                kept.append((ids[:left], _spans_before(left, supervised)))
             elif keep_media and not isinstance(run, tuple):
                 detail = (
                     f"media need {size} tokens where {left} of max_tokens={limit} are left; a preference's media cannot be cut"
                 )
                 raise RejectSample(Reason.TOO_MANY_TOKENS, detail)
             break
-        if not any(isinstance(run, tuple) and _any_supervised(run) for run in kept):
+        if not any(isinstance(run, tuple) and run[1] for run in kept):
             detail = f"{total} tokens > max_tokens={limit}, and nothing supervised is left when the end is cut off"
             raise RejectSample(Reason.TOO_MANY_TOKENS, detail)
         return kept
@@ -287,5 +287,8 @@ class _Picture:
     item: EncodedVision
 
 
-def _any_supervised(run: TokenRun) -> bool:
-    return run[1] if isinstance(run[1], bool) else any(run[1])
+def _spans_before(end: int, supervised: bool | Sequence[Span]) -> bool | Sequence[Span]:
+    """Return which tokens are supervised of a run that is cut off at `end`."""
+    if isinstance(supervised, bool):
+        return supervised
+    return [(start, min(stop, end)) for start, stop in supervised if start < end]

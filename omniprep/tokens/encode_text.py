@@ -1,4 +1,4 @@
-"""Pieces of text to token ids, with supervision per token.
+"""Pieces of text to token ids, with the spans that are supervised.
 
 The reference encodes a rendered conversation in one go; control tokens cut it into stretches of text. A stretch is
 encoded piece by piece where that gives the same tokens (a border after a newline with no white space coming up, which
@@ -9,15 +9,13 @@ supervised.
 from collections.abc import Sequence
 
 from omniprep.errors import RejectSample
+from omniprep.tokens.layout import Span, TextRun
 from omniprep.tokens.template import ControlPiece, MediaPiece, Piece, TextPiece
 from omniprep.tokens.vocab import TextPolicy, TextTokenizer, refuse_control_tokens
 
-TokenRun = tuple[list[int], list[bool] | bool]
-"""Ids with the supervision of each token, or of all."""
 
-
-def encode_pieces(pieces: Sequence[Piece], tokenizer: TextTokenizer, policy: TextPolicy) -> list[TokenRun | MediaPiece]:
-    """Return token runs and media places in order; no two neighbouring runs have one supervision throughout.
+def encode_pieces(pieces: Sequence[Piece], tokenizer: TextTokenizer, policy: TextPolicy) -> list[TextRun | MediaPiece]:
+    """Return text and media places in order; what stands between two media is one run of text.
 
     Raises `RejectSample` (`CONTROL_TOKEN`) under the policy `reject`.
     """
@@ -25,21 +23,31 @@ def encode_pieces(pieces: Sequence[Piece], tokenizer: TextTokenizer, policy: Tex
         _refuse_control_tokens(pieces)
     stretches = _stretches(pieces)
     # One call of the tokenizer for a whole record: its cost a call is that of a short text.
-    texts = {index: text for index, stretch in enumerate(stretches) if (text := _plain_text(stretch)) is not None}
-    encoded = dict(zip(texts, tokenizer.encode_texts(list(texts.values()), policy=policy), strict=True))
-    runs = _Runs()
-    for index, stretch in enumerate(stretches):
+    texts = [stretch.text for stretch in stretches if isinstance(stretch, TextPiece) and not stretch.constant]
+    encoded = iter(tokenizer.encode_texts(texts, policy=policy))
+    runs: list[TextRun | MediaPiece] = []
+    ids: list[int] = []
+    spans: list[Span] = []
+    for stretch in stretches:
+        if isinstance(stretch, MediaPiece):
+            runs += [*_run_of(ids, spans), stretch]
+            ids, spans = [], []
+            continue
+        start = len(ids)
+        if isinstance(stretch, list):
+            more, supervised = _encode_mixed(stretch, tokenizer, policy)
+            ids += more
+            for index, on in enumerate(supervised, start):
+                if on:
+                    _mark(spans, index, index + 1)
+            continue
         if isinstance(stretch, ControlPiece):
-            runs.add([stretch.token_id], stretch.supervised)
-        elif isinstance(stretch, MediaPiece):
-            runs.add_apart(stretch)
-        elif index in encoded:
-            runs.add(encoded[index], stretch[0].supervised)
-        elif len(stretch) == 1:
-            runs.add(tokenizer.encode_constant(stretch[0].text), stretch[0].supervised)
+            ids.append(stretch.token_id)
         else:
-            runs.add_apart(_encode_mixed(stretch, tokenizer, policy))
-    return runs.finish()
+            ids += tokenizer.encode_constant(stretch.text) if stretch.constant else next(encoded)
+        if stretch.supervised:
+            _mark(spans, start, len(ids))
+    return [*runs, *_run_of(ids, spans)]
 
 
 def _refuse_control_tokens(pieces: Sequence[Piece]) -> None:
@@ -52,47 +60,34 @@ def _refuse_control_tokens(pieces: Sequence[Piece]) -> None:
                 raise error.at(piece.place) from None
 
 
-class _Runs:
-    """Joins neighbours of one supervision: fewer, longer runs are what the rest of the encoder is fast on."""
-
-    def __init__(self) -> None:
-        self._runs: list[TokenRun | MediaPiece] = []
-        self._ids: list[int] = []
-        self._supervised = False
-
-    def add(self, ids: list[int], supervised: bool) -> None:
-        if supervised != self._supervised:
-            self._close()
-            self._supervised = supervised
-        self._ids += ids
-
-    def add_apart(self, run: TokenRun | MediaPiece) -> None:
-        self._close()
-        self._runs.append(run)
-
-    def finish(self) -> list[TokenRun | MediaPiece]:
-        self._close()
-        return self._runs
-
-    def _close(self) -> None:
-        if self._ids:
-            self._runs.append((self._ids, self._supervised))
-            self._ids = []
+def _run_of(ids: list[int], spans: list[Span]) -> list[TextRun]:
+    return [(ids, spans)] if ids else []
 
 
-def _stretches(pieces: Sequence[Piece]) -> list[list[TextPiece] | ControlPiece | MediaPiece]:
-    """Return the pieces with the text between two that must be encoded in one go put together."""
-    stretches: list[list[TextPiece] | ControlPiece | MediaPiece] = []
-    open_text: list[TextPiece] | None = None
+def _mark(spans: list[Span], start: int, stop: int) -> None:
+    """Add a span, as a part of the last one if that ends where it starts."""
+    if spans and spans[-1][1] == start:
+        start = spans.pop()[0]
+    spans.append((start, stop))
+
+
+def _stretches(pieces: Sequence[Piece]) -> list[Piece | list[TextPiece]]:
+    """Return the pieces with texts that must be encoded in one go put together: as a list where their supervision differs."""
+    stretches: list[Piece | list[TextPiece]] = []
+    last: TextPiece | None = None
+    joined: dict[int, list[TextPiece]] = {}
     for piece in pieces:
         if not isinstance(piece, TextPiece):
-            open_text = None
+            last = None
             stretches.append(piece)
-        elif open_text is not None and not _border_is_safe(open_text[-1].text, piece.text):
-            open_text.append(piece)
+            continue
+        if last is None or _border_is_safe(last.text, piece.text):
+            stretches.append(piece)
         else:
-            open_text = [piece]
-            stretches.append(open_text)
+            joined.setdefault(len(stretches) - 1, [last]).append(piece)
+        last = piece
+    for index, texts in joined.items():
+        stretches[index] = _as_one(texts)
     return stretches
 
 
@@ -104,18 +99,14 @@ def _border_is_safe(left: str, right: str) -> bool:
     return left.endswith("\n") and not right[0].isspace()
 
 
-def _plain_text(stretch: list[TextPiece] | ControlPiece | MediaPiece) -> str | None:
-    """Return the text of a stretch with one supervision throughout that needs the batch encoder, else None."""
-    if not isinstance(stretch, list):
-        return None
-    if len(stretch) == 1:
-        return None if stretch[0].constant else stretch[0].text
-    if all(piece.supervised == stretch[0].supervised for piece in stretch):
-        return "".join(piece.text for piece in stretch)
-    return None
+def _as_one(texts: list[TextPiece]) -> TextPiece | list[TextPiece]:
+    supervised = texts[0].supervised
+    if any(piece.supervised != supervised for piece in texts):
+        return texts
+    return TextPiece("".join(piece.text for piece in texts), supervised)
 
 
-def _encode_mixed(stretch: Sequence[TextPiece], tokenizer: TextTokenizer, policy: TextPolicy) -> TokenRun:
+def _encode_mixed(stretch: Sequence[TextPiece], tokenizer: TextTokenizer, policy: TextPolicy) -> tuple[list[int], list[bool]]:
     text = "".join(piece.text for piece in stretch)
     ids, offsets = tokenizer.encode_with_offsets(text, policy=policy)
     supervised_chars = [piece.supervised for piece in stretch for _ in piece.text]

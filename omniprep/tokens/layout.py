@@ -63,7 +63,10 @@ class VideoRun:
     track: TrackRun | None = None
 
 
-TextRun = tuple[list[int], list[bool] | bool]
+Span = tuple[int, int]
+"""Tokens [start, stop) of a run."""
+TextRun = tuple[list[int], bool | Sequence[Span]]
+"""Ids, and which of them are supervised: all, none, or those in some spans, which are in order and apart."""
 Run = TextRun | AudioRun | ImageRun | VideoRun
 
 
@@ -127,21 +130,25 @@ class _Sheet:
         self._labels: list[Int32Array] = []
         self._positions: list[Int32Array] = []
         self._segments: list[Segment] = []
-        self._text_ids: list[int] = []
-        self._text_labels: list[int] = []
 
-    def text(self, ids: list[int], supervised: list[bool] | bool) -> None:
+    def text(self, ids: Sequence[int], supervised: bool | Sequence[Span]) -> None:
         """Add tokens whose ids go on by one."""
-        start = self._num_tokens
-        self._text_ids += ids
-        self._num_tokens += len(ids)
+        count = len(ids)
+        tokens = np.array(ids, np.int32)
+        labels = np.full(count, IGNORE_INDEX, np.int32)
         if isinstance(supervised, bool):
-            self._text_labels += ids if supervised else [IGNORE_INDEX] * len(ids)
-            self._add_text_segment(start, self._num_tokens, supervised)
-            return
-        self._text_labels += [token if on else IGNORE_INDEX for token, on in zip(ids, supervised, strict=True)]
-        for offset, on in enumerate(supervised):
-            self._add_text_segment(start + offset, start + offset + 1, on)
+            supervised = [(0, count)] if supervised else []
+        done = 0
+        for start, stop in supervised:
+            labels[start:stop] = tokens[start:stop]
+            self._text_segment(start - done, supervised=False)
+            self._text_segment(stop - start, supervised=True)
+            done = stop
+        self._text_segment(count - done, supervised=False)
+        self._ids.append(tokens)
+        self._labels.append(labels)
+        self._positions.append(positions.audio_ids(count, first=self._next))
+        self._next += count
 
     def audio(self, run: AudioRun) -> None:
         self._control(self._special.audio_bos)
@@ -210,7 +217,6 @@ class _Sheet:
 
     def finish(self) -> Layout:
         """Return the finished sequence."""
-        self._flush_text()
         return Layout(
             input_ids=_joined(self._ids),
             labels=_joined(self._labels),
@@ -218,27 +224,19 @@ class _Sheet:
             segments=tuple(self._segments),
         )
 
-    def _add_text_segment(self, start: int, stop: int, supervised: bool) -> None:
+    def _text_segment(self, count: int, *, supervised: bool) -> None:
+        """Note `count` more tokens of text, in the last segment if they are of its kind."""
+        if count == 0:
+            return
+        start = self._num_tokens
+        self._num_tokens += count
         last = self._segments[-1] if self._segments else None
         if last is not None and last.kind == "text" and last.supervised == supervised:
             start = self._segments.pop().start
-        if start < stop:
-            self._segments.append(Segment(kind="text", start=start, stop=stop, supervised=supervised))
-
-    def _flush_text(self) -> None:
-        """Turn the collected text into arrays: one conversion for a whole stretch between media."""
-        count = len(self._text_ids)
-        if count == 0:
-            return
-        self._ids.append(np.array(self._text_ids, np.int32))
-        self._labels.append(np.array(self._text_labels, np.int32))
-        self._positions.append(positions.audio_ids(count, first=self._next))
-        self._next += count
-        self._text_ids, self._text_labels = [], []
+        self._segments.append(Segment(kind="text", start=start, stop=self._num_tokens, supervised=supervised))
 
     def _control(self, token: int, *, shared: bool = False) -> None:
         """Add one control token. `shared`: the next token has the same id."""
-        self._flush_text()
         self._ids.append(np.array([token], np.int32))
         self._labels.append(np.array([IGNORE_INDEX], np.int32))
         self._positions.append(positions.audio_ids(1, first=self._next))

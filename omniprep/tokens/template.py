@@ -15,7 +15,7 @@ from typing import Any
 
 from omniprep.config import Config
 from omniprep.profile import QWEN2_5_OMNI, ModelProfile
-from omniprep.records import Document, MediaPart, Message, Part, TextPart, ToolCall
+from omniprep.records import ROLES, Document, MediaPart, Message, Part, TextPart, ToolCall
 from omniprep.tokens.vocab import TextPolicy
 
 
@@ -81,6 +81,13 @@ class ChatTemplate:
     def __init__(self, config: TemplateConfig, profile: ModelProfile = QWEN2_5_OMNI) -> None:
         self.config = config
         self.profile = profile
+        start, end = profile.special.im_start, profile.special.im_end
+        self._openings: dict[str, tuple[Piece, ...]] = {
+            role: (ControlPiece(start), TextPiece(f"{role}\n", constant=True)) for role in ROLES
+        }
+        self._closings: dict[bool, tuple[Piece, ...]] = {
+            supervised: (ControlPiece(end, supervised), TextPiece("\n", constant=True)) for supervised in (False, True)
+        }
 
     def conversation(
         self,
@@ -100,7 +107,7 @@ class ChatTemplate:
             pieces += self._system_turn(given, tools or (), count, place)
         pieces += self._turns(messages, count, place, first=done)
         if add_generation_prompt:
-            pieces += self.open_turn("assistant")
+            pieces += self._openings["assistant"]
         return pieces
 
     def reply(self, messages: Sequence[Message], *, place: str = "messages") -> list[Piece]:
@@ -113,18 +120,11 @@ class ChatTemplate:
         pieces.append(ControlPiece(self.profile.special.endoftext, True))
         return pieces
 
-    def open_turn(self, role: str) -> list[Piece]:
-        """Return the header of a turn."""
-        return [ControlPiece(self.profile.special.im_start), TextPiece(f"{role}\n", constant=True)]
-
-    def _close_turn(self, supervised: bool) -> list[Piece]:
-        return [ControlPiece(self.profile.special.im_end, supervised), TextPiece("\n", constant=True)]
-
     def _system_turn(
         self, given: Message | None, tools: Sequence[dict[str, Any]], count: _MediaCount, place: str
     ) -> Iterator[Piece]:
         supervised = bool(given.loss) if given is not None else False
-        yield from self.open_turn("system")
+        yield from self._openings["system"]
         if given is not None:
             yield from self._content(given.content, supervised, count, f"{place}.0.content")
         elif self.config.system_prompt is None:
@@ -133,7 +133,7 @@ class ChatTemplate:
             yield TextPiece(self.config.system_prompt)
         if tools:
             yield from self._tool_signatures(tools, supervised)
-        yield from self._close_turn(supervised)
+        yield from self._closings[supervised]
 
     def _turns(self, messages: Sequence[Message], count: _MediaCount, where: str, *, first: int) -> Iterator[Piece]:
         for index, message in enumerate(messages[first:], first):
@@ -144,11 +144,11 @@ class ChatTemplate:
                 yield from self._tool_response(message, count, place, opens=opens, closes=closes)
                 continue
             supervised = message.role == "assistant" if message.loss is None else message.loss
-            yield from self.open_turn(message.role)
+            yield from self._openings[message.role]
             yield from self._content(message.content, supervised, count, place)
             for number, call in enumerate(message.tool_calls):
                 yield from self._tool_call(call, supervised, newline=number > 0 or bool(message.content))
-            yield from self._close_turn(supervised)
+            yield from self._closings[supervised]
 
     def _content(self, parts: Sequence[Part], supervised: bool, count: _MediaCount, place: str) -> Iterator[Piece]:
         for index, part in enumerate(parts):
@@ -199,7 +199,7 @@ class ChatTemplate:
         yield from self._content(message.content, supervised, count, place)
         yield TextPiece("\n</tool_response>", supervised)
         if closes:
-            yield from self._close_turn(supervised)
+            yield from self._closings[supervised]
 
 
 def _json(value: object) -> str:

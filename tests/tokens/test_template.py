@@ -98,10 +98,10 @@ def test_supervision_covers_whole_tokens_of_supervised_text_only(contents: list[
     supervised = ""
     for run in encode_pieces(pieces, tokenizer, "literal"):
         assert not isinstance(run, MediaPiece)
-        flagged = [run[1]] * len(run[0]) if isinstance(run[1], bool) else run[1]
-        supervised += tokenizer.full.decode(
-            [token for token, on in zip(run[0], flagged, strict=True) if on], skip_special_tokens=False
-        )
+        ids, spans = run
+        assert not isinstance(spans, bool)
+        marked = [token for start, stop in spans for token in ids[start:stop]]
+        supervised += tokenizer.full.decode(marked, skip_special_tokens=False)
     wanted = "".join(text for text, flag in zip(contents, flags, strict=False) if flag is not False)
     normal = tokenizer.full.normalizer.normalize_str
     # A token that reaches over a border into unsupervised text is not supervised, so the mask may hold less, never more.
