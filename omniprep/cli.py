@@ -1,6 +1,7 @@
-"""The command line. Exit codes: 0 all is well, 1 something was found, 2 wrong use, 130 interrupted."""
+"""The command line. Exit codes: 0 all is well, 1 something was found, 2 wrong use, 130 interrupted, 143 terminated."""
 
 import json
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from omniprep.run.progress import Progress, Scan
     from omniprep.shards.manifest import Manifest
 
-EXIT_FINDINGS, EXIT_BAD_USE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FINDINGS, EXIT_BAD_USE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -130,14 +131,26 @@ def prepare(
             raise typer.Exit(EXIT_FINDINGS)
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: what a cluster sends before it takes a machine away."""
+
+
+def _terminate(*_: object) -> None:
+    raise _Terminated
+
+
 @contextmanager
 def _kept_on_interrupt(output: str, stack: ExitStack) -> Iterator[None]:
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         stack.close()
-        _say(f"interrupted; finished partitions are kept in {output}. The same command goes on from here.")
-        raise typer.Exit(EXIT_INTERRUPTED) from None
+        what, code = ("terminated", EXIT_TERMINATED) if isinstance(interrupt, _Terminated) else ("interrupted", EXIT_INTERRUPTED)
+        _say(f"{what}; finished partitions are kept in {output}. The same command goes on from here.")
+        raise typer.Exit(code) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @app.command()

@@ -3,8 +3,10 @@
 import logging
 import os
 import re
+import signal
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -73,7 +75,8 @@ def session(options: RayOptions) -> Iterator[Callable[[], tuple[int, Needs]]]:
     ours = not ray.is_initialized()
     if ours:
         _keep_off_stdout()
-        _start(ray, options)
+        with _sigterm_kept():
+            _start(ray, options)
     try:
         yield _Width(options).now
     finally:
@@ -119,6 +122,17 @@ def _living_nodes() -> list[Node]:
     import ray
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Keep a handler of SIGTERM that the caller has set: Ray puts its own there, which prints a stack and exits with 15."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(before) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _keep_off_stdout() -> None:
