@@ -127,7 +127,8 @@ def prepare(
             manifest = build(loaded, mode=mode, show=_Shower("prepare", stack))
         _print(manifest.model_dump_json() if as_json else _describe_manifest(manifest, loaded.output))
         if not manifest.totals.num_records:
-            _say(f"error: no record was stored: all {manifest.num_rows} were rejected")
+            why = f"all {manifest.num_rows} were rejected" if manifest.num_rows else "the sources hold no rows"
+            _say(f"error: no record was stored: {why}")
             raise typer.Exit(EXIT_FINDINGS)
 
 

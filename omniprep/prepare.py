@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 from omniprep import __version__
+from omniprep.config import parse_config
 from omniprep.errors import ConfigError
-from omniprep.prepare_partition import Job, Worker, file_stamp, prepare_partition, retry_partition, rows_sha256
+from omniprep.prepare_partition import Job, Worker, prepare_partition, retry_partition, rows_sha256, source_files
 from omniprep.probe import choose_rows
 from omniprep.receipts import (
     Claim,
@@ -43,7 +44,7 @@ from omniprep.run.progress import Progress, Scan, Silent
 from omniprep.seal import check_rate, seal
 from omniprep.shards.manifest import MANIFEST_NAME, Manifest
 from omniprep.sources.jsonl import JsonlSource
-from omniprep.sources.media_facts import changed
+from omniprep.sources.media_facts import OF_ROWS, changed, location_of
 from omniprep.storage.folder import open_folder
 
 _RECEIPT_THREADS = 16
@@ -71,6 +72,7 @@ def prepare(recipe: Recipe, *, mode: ClaimMode = "continue", show: Show | None =
     worker = Worker(recipe.anchored())
     place = Path(worker.recipe.folder)
     jobs = plan_jobs(worker.located, read_claim(worker.folder) if mode != "overwrite" else None, show=show)
+    _check_places(worker.recipe, jobs)
     with open_build(worker.folder, recipe.identity(), mode=mode, inputs_folder=place) as claim:
         write_claim(worker.folder, _with_sizes(claim, jobs))
         with ThreadPoolExecutor(_RECEIPT_THREADS) as threads:
@@ -78,11 +80,27 @@ def prepare(recipe: Recipe, *, mode: ClaimMode = "continue", show: Show | None =
             receipts = {receipt.stem: receipt for receipt in found if receipt is not None}
         todo = [job for job in jobs if job.stem not in receipts]
         if todo:
-            worker.folder.remove(MANIFEST_NAME)
+            worker.folder.remove(MANIFEST_NAME)  # first: a manifest must not name what is swept away
+            sweep(worker.folder, receipts.values())
         sealed = worker.folder.version(MANIFEST_NAME)
-        sweep(worker.folder, receipts.values())
         _run(worker, prepare_partition, todo, jobs, receipts, stage="prepare", show=show)
         return seal(worker.recipe, jobs, [receipts[job.stem] for job in jobs], version=sealed)
+
+
+def _check_places(recipe: Recipe, jobs: Iterable[Job]) -> None:
+    """Raise `ConfigError` if a build would read what it writes itself."""
+    output, cache = recipe.output, recipe.run.media_cache
+    inside = next((piece.path for job in jobs for piece in job.partition.slices if _lies_in(piece.path, output)), None)
+    if inside is not None:
+        raise ConfigError(
+            f"{inside}: matched by a source's path, but it lies in the output {output}; choose another output, or another path"
+        )
+    if cache is not None and _lies_in(cache, output):
+        raise ConfigError(f"run.media_cache {cache}: lies in the output {output}, which holds the dataset alone; choose another")
+
+
+def _lies_in(path: str, folder: str) -> bool:
+    return f"{path.rstrip('/')}/".startswith(f"{folder.rstrip('/')}/")
 
 
 def retry(output: str, *, run: dict[str, object] | None = None, inputs: Path | None = None, show: Show | None = None) -> Manifest:
@@ -98,8 +116,10 @@ def retry(output: str, *, run: dict[str, object] | None = None, inputs: Path | N
         raise ConfigError(f"{output}: no dataset of `omniprep prepare`; name the folder that it wrote")
     place = inputs or read_inputs_folder(folder)
     values = {**claim.recipe, "output": output, "folder": str(place)}
-    values["run"] = {**values["run"], **{name: value for name, value in (run or {}).items() if value is not None}}
-    recipe = Recipe.model_validate(values)
+    given = {name: value for name, value in (run or {}).items() if value is not None}
+    # It can only become better, and the recipe's own limit is not known here.
+    values["run"] = {"max_reject_rate": 1.0, **claim.recipe.get("run", {}), **given}
+    recipe = parse_config(Recipe, values, place=f"{output}: recipe of the build")
     worker = Worker(recipe.anchored())
     with open_build(worker.folder, recipe.identity(), mode="continue", inputs_folder=place) as claim:
         jobs = plan_jobs(worker.located, claim)
@@ -111,7 +131,6 @@ def retry(output: str, *, run: dict[str, object] | None = None, inputs: Path | N
                 "run `omniprep prepare` with its recipe first"
             )
         sealed = worker.folder.version(MANIFEST_NAME)
-        sweep(worker.folder, receipts.values())
         todo = [job for job in jobs if receipts[job.stem].num_rejected]
         _run(worker, retry_partition, todo, jobs, receipts, stage="retry", show=show)
         return seal(worker.recipe, jobs, [receipts[job.stem] for job in jobs], version=sealed)
@@ -244,9 +263,12 @@ def _inputs_are_same(worker: Worker, job: Job, receipt: Receipt) -> bool:
     if facts is None:
         return False
     source = worker.source(job)
-    files = [fact for fact in facts if not fact.sha256 and fact.num_bytes >= 0]
+    files = {fact for fact in facts if fact.sha256 == OF_ROWS}
     # JSON lines were read whole when they were planned; of other containers only headers were.
-    touched = any(file_stamp(fact.location) != (fact.num_bytes, fact.stamp) for fact in files)
-    if touched and not isinstance(source, JsonlSource) and rows_sha256(source.read(job.partition)) != receipt.rows_sha256:
+    touched = not isinstance(source, JsonlSource) and files != set(source_files(job.partition))
+    if touched and rows_sha256(source.read(job.partition)) != receipt.rows_sha256:
         return False
-    return not any(changed(fact) for fact in facts if fact.sha256 or fact.num_bytes < 0)
+    bases = source.bases(job.partition)
+    media = (fact for fact in facts if fact.sha256 != OF_ROWS)
+    # The same name may mean another file by now: the rows, and so their folder, may have moved.
+    return all(any(location_of(fact.name, base) == fact.location for base in bases) and not changed(fact) for fact in media)

@@ -32,13 +32,13 @@ from omniprep.probe import BuildProber
 from omniprep.profile import QWEN2_5_OMNI, ModelProfile
 from omniprep.receipts import Receipt, read_inputs, read_receipt, receipt_name, write_inputs, write_receipt
 from omniprep.recipe import Recipe
-from omniprep.rng import rng_for
+from omniprep.rng import uniform_for
 from omniprep.run import metrics
 from omniprep.shards.manifest import ShardInfo
-from omniprep.shards.quarantine import QUARANTINE_FOLDER, Rejected, read_quarantine, store_blobs, write_quarantine
+from omniprep.shards.quarantine import Rejected, read_quarantine, store_blobs, write_quarantine
 from omniprep.shards.writer import PartitionWriter, ShardRecord, partition_stem, record_key, to_record
 from omniprep.sources.files import is_url
-from omniprep.sources.media_facts import MediaFact, MediaLedger, media_sha256
+from omniprep.sources.media_facts import OF_ROWS, MediaFact, MediaLedger, media_sha256
 from omniprep.sources.media_store import MediaStore
 from omniprep.sources.partitions import Partition, Row
 from omniprep.sources.source import Source
@@ -222,7 +222,7 @@ def prepare_partition(worker: Worker, job: Job) -> Receipt:
             worker.folder, job.stem, partition=job.partition.index, source=source.name, rejected=rejected
         ),
     )
-    write_inputs(worker.folder, job.stem, [*_source_files(job.partition), *written.media])
+    write_inputs(worker.folder, job.stem, [*source_files(job.partition), *written.media])
     write_receipt(worker.folder, receipt)
     metrics.count(metrics.PARTITIONS, source=source.name)
     return receipt
@@ -235,8 +235,10 @@ def retry_partition(worker: Worker, job: Job) -> Receipt:
     """
     folder = worker.folder
     before = read_receipt(folder, job.stem)
-    if before is None or before.quarantine is None:
-        raise ConfigError(f"{folder.place}: partition {job.stem} has nothing to try again")
+    if before is None:
+        raise ConfigError(f"{folder.place}: partition {job.stem} is not finished; run `omniprep prepare` with its recipe first")
+    if before.quarantine is None:
+        return before  # an earlier attempt was done, and its answer lost with its node
     source = worker.source(job)
     wanted = {item.rejection.row for item in read_quarantine(folder, before.quarantine.name)}
     numbers = Counter(shard.split for shard in before.shards)
@@ -247,10 +249,10 @@ def retry_partition(worker: Worker, job: Job) -> Receipt:
     if not written.shards and count_reasons(written.rejected) == before.rejects:
         return before
     num_retries = before.num_retries + 1
-    # Another name: the receipt still says what the old file holds if this is the last thing that is done here.
+    # Another name: receipt and manifest still say what the old file holds. It is swept away when the dataset is sealed.
     stem = f"{job.stem}-r{num_retries}"
     facts = {(fact.location, fact.name): fact for fact in [*(read_inputs(folder, job.stem) or ()), *written.media]}
-    media = [fact for fact in facts.values() if fact.sha256 or fact.num_bytes < 0]
+    media = [fact for fact in facts.values() if fact.sha256 != OF_ROWS]
     receipt = before.model_copy(
         update={
             "num_retries": num_retries,
@@ -262,9 +264,9 @@ def retry_partition(worker: Worker, job: Job) -> Receipt:
             ),
         }
     )
-    write_inputs(folder, job.stem, facts.values())
+    # In this order: if only the first is done, the list names media as they were, and `prepare` does the partition again.
     write_receipt(folder, receipt)
-    folder.remove(f"{QUARANTINE_FOLDER}/{before.quarantine.name}")
+    write_inputs(folder, job.stem, facts.values())
     return receipt
 
 
@@ -357,12 +359,12 @@ def count_reasons(rejected: Iterable[Rejected]) -> dict[str, int]:
     return dict(sorted(Counter(item.rejection.reason for item in rejected).items()))
 
 
-def _source_files(partition: Partition) -> Iterator[MediaFact]:
-    """Yield the local files that a partition's rows are in; without a digest, for `rows_sha256` covers what was read."""
+def source_files(partition: Partition) -> Iterator[MediaFact]:
+    """Yield the local files that a partition's rows are in, as they are now; `rows_sha256` covers what is read from them."""
     for piece in partition.slices:
         stamp = file_stamp(piece.path)
         if stamp is not None:
-            yield MediaFact(location=piece.path, name=piece.name, num_bytes=stamp[0], stamp=stamp[1], sha256="")
+            yield MediaFact(location=piece.path, name=piece.name, num_bytes=stamp[0], stamp=stamp[1], sha256=OF_ROWS)
 
 
 def file_stamp(path: str) -> tuple[int, str] | None:
@@ -384,7 +386,7 @@ def rows_sha256(rows: Iterable[Row]) -> str:
 
 def choose_split(name: str, recipe: Recipe) -> str:
     """Return the split of a record by a hash of its id (or key): the same whatever else is in the dataset."""
-    draw = float(rng_for(name, seed=recipe.seed, stage="split").random())
+    draw = uniform_for(name, seed=recipe.seed, stage="split")
     for split, share in recipe.splits.items():
         if draw < share:
             return split

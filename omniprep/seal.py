@@ -35,9 +35,14 @@ def seal(recipe: Recipe, jobs: Sequence[Job], receipts: Sequence[Receipt], *, ve
     num_rows, num_rejected = sum(receipt.num_rows for receipt in receipts), sum(receipt.num_rejected for receipt in receipts)
     check_rate(recipe, receipts, num_rejected=num_rejected, num_rows=num_rows)
     folder = open_folder(recipe.output)
-    sweep(folder, receipts)
     _check_files(folder, receipts)
-    manifest = _add_up(recipe, receipts)
+    manifest = _write_manifest(folder, _add_up(recipe, receipts), version=version)
+    sweep(folder, receipts)  # last: at no moment does a manifest name what is gone
+    return manifest
+
+
+def _write_manifest(folder: Folder, manifest: Manifest, *, version: str | None) -> Manifest:
+    """Return the manifest that lies there now."""
     if version is not None:
         with suppress(DatasetError):  # a damaged manifest is written anew
             before = read_manifest(folder)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from omniprep.config import parse_config
 from omniprep.encode.model_inputs import model_inputs
 from omniprep.encode.thinker import ThinkerEncoder
 from omniprep.errors import DatasetError, Reason, RejectSample
@@ -71,7 +72,7 @@ def compare_with_reference(folder: Place, recipe_folder: Path, *, limit: int | N
     """
     manifest = read_manifest(folder)
     values = {**manifest.recipe, "output": as_folder(folder).place, "folder": str(recipe_folder)}
-    recipe = Recipe.model_validate(values).located()
+    recipe = parse_config(Recipe, values, place="recipe in the manifest").located()
     places = [(shard.name, number) for shard in manifest.shards for number in range(shard.totals.num_records)]
     parts = {source.name: (source, source.partitions(rows_per_partition=_ROWS_READ)) for source in recipe.sources}
     side = _Sides(recipe, stored_tolerance=STORED_MEL_TOLERANCE[manifest.mel_dtype])

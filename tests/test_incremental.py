@@ -10,12 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from omniprep import prepare as module
+from omniprep import seal
 from omniprep.encode import media_items
 from omniprep.errors import ConfigError, DatasetError
 from omniprep.prepare import plan_jobs, prepare
 from omniprep.prepare_partition import prepare_partition
 from omniprep.receipts import Claim, is_output, read_claim
 from omniprep.shards.reader import iter_samples
+from omniprep.sources import huggingface
 from omniprep.storage.folder import open_folder
 from omniprep.verify import verify
 from tests.prepare_builders import chat, recipe, tree, write_media, write_recipe, write_rows
@@ -134,6 +136,73 @@ def test_rows_inside_a_container_are_compared_by_content_when_its_time_changed(t
     path.write_bytes(data[:at] + b"ANSWER 9" + data[at + 8 :])  # the footer, and so the plan, stays as it was
     assert prepare(made).num_rows == first.num_rows
     assert done_again == ["rows-00002"]
+
+
+def test_an_unusable_file_that_was_mended_is_noticed(tmp_path: Path, done_again: list[str]) -> None:
+    write_media(tmp_path / "data")
+    made = recipe(tmp_path, [*TEXT[:4], chat(4, {"image": "empty.png"})])
+    assert prepare(made).rejects == {"media_empty": 1}
+    shutil.copy(tmp_path / "data/i.png", tmp_path / "data/empty.png")
+    done_again.clear()
+    assert prepare(made).rejects == {}
+    assert done_again == ["chat-00001"]
+
+
+def test_equal_rows_in_another_folder_name_other_media(tmp_path: Path, done_again: list[str]) -> None:
+    rows = [*TEXT[:4], chat(4, {"image": "i.png"})]
+    output = str(tmp_path / "out")
+    write_media(tmp_path / "a/data")
+    prepare(recipe(tmp_path / "a", rows, output=output))
+    write_media(tmp_path / "b/data")
+    from PIL import Image
+
+    Image.new("RGB", (90, 60), "red").save(tmp_path / "b/data/i.png")
+    done_again.clear()
+    moved = prepare(recipe(tmp_path / "b", rows, output=output))
+    assert done_again == ["chat-00001"], "the rows of text are the same wherever they lie"
+    assert moved == prepare(recipe(tmp_path / "b", rows))
+
+
+def test_other_content_of_a_file_that_datasets_loads_is_noticed(tmp_path: Path, done_again: list[str], monkeypatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "kept"))
+    source = {"name": "rows", "kind": "huggingface", "path": "json", "data_files": ["data/chat.jsonl"]}
+    rows = [{"messages": chat(number)["messages"][1:], "prompt": "a"} for number in range(6)]
+    first = prepare(recipe(tmp_path, rows, sources=[source]))
+    huggingface._load.cache_clear()
+    done_again.clear()
+    assert prepare(recipe(tmp_path, rows, sources=[source])) == first
+    assert done_again == []
+    rows[5]["messages"][0]["content"] = "ANSWER 5"
+    huggingface._load.cache_clear()  # as a new process has it
+    prepare(recipe(tmp_path, rows, sources=[source]))
+    assert done_again == ["rows-00001"]
+
+
+@pytest.mark.parametrize("change", [{"sources": [ONE]}, {"sources": [{**ONE, "limit": 4}, TWO]}])
+def test_a_manifest_never_names_what_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict) -> None:
+    write_rows(tmp_path / "data/two.jsonl", TEXT[:3])
+    prepare(recipe(tmp_path, TEXT, sources=[ONE, TWO]))
+    smaller = recipe(tmp_path, TEXT, **change)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(seal, "_add_up", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        prepare(smaller, mode="update")
+    assert list(verify(tmp_path / "out")) == [], "there was nothing to do but to seal: until then the old manifest holds"
+    assert prepare(smaller).num_rows < 13
+    assert list(verify(tmp_path / "out")) == []
+
+
+def test_a_build_never_reads_what_it_wrote(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a", "b"]}), write_rows(tmp_path / "data/chat.jsonl", TEXT).with_name("a.parquet"))
+    source = {"name": "rows", "kind": "parquet", "path": "data/**/*.parquet"}
+    made = recipe(tmp_path, TEXT, sources=[source], output=str(tmp_path / "data/out"))
+    assert prepare(made).num_rows == 2
+    with pytest.raises(ConfigError, match=r"\.parquet: matched by a source's path, but it lies in the output .*data/out; choose"):
+        prepare(made)
+    cached = recipe(tmp_path, TEXT, run={**RUN, "media_cache": str(tmp_path / "out/cache")})
+    with pytest.raises(ConfigError, match=r"run\.media_cache .*/out/cache: lies in the output"):
+        prepare(cached)
 
 
 def test_a_size_chosen_once_stays(tmp_path: Path) -> None:

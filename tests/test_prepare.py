@@ -1,6 +1,7 @@
 """Preparing: nothing is lost, the same inputs give the same bytes, and a build that was stopped goes on."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -11,15 +12,17 @@ from omniprep import prepare as module
 from omniprep import prepare_partition as partition_module
 from omniprep.errors import ConfigError, DatasetError
 from omniprep.prepare import plan_jobs, prepare, retry
-from omniprep.prepare_partition import Worker, choose_split, prepare_partition
+from omniprep.prepare_partition import Worker, choose_split, prepare_partition, retry_partition
 from omniprep.recipe import Recipe, load_recipe
 from omniprep.shards.manifest import read_manifest
 from omniprep.shards.reader import find_sample, index_rows, iter_samples
+from omniprep.storage.local import LocalFolder, LocalWriter
 from omniprep.verify import verify
 from tests.prepare_builders import chat, recipe, tree, write_media, write_recipe, write_rows
 
 ROOT = Path(__file__).parents[1]
 TEXT = [chat(number) for number in range(10)]
+RUN: dict[str, object] = {"executor": "serial", "guard": {"enabled": False}}
 
 
 def test_every_kind_of_record_arrives(tmp_path: Path, ffmpeg: str) -> None:
@@ -233,6 +236,75 @@ def test_retry_stores_what_works_now_and_leaves_finished_shards_alone(tmp_path: 
     files = tree(tmp_path / "out")
     assert retry(made.output) == after, "nothing more works: nothing changes"
     assert tree(tmp_path / "out") == files
+
+
+class Killed(BaseException):
+    """What no code catches."""
+
+
+@pytest.mark.parametrize("again", ["retry", "prepare"])
+def test_retry_may_be_killed_between_any_two_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: str) -> None:
+    rows = [*TEXT[:5], chat(5, {"image": "i.png"}), chat(6, {"image": "never.png"}), chat(7, {"audio": "a.wav"}), *TEXT[8:]]
+    made = recipe(tmp_path, rows)
+    prepare(made)
+    shutil.copytree(tmp_path / "out", tmp_path / "built", symlinks=True)
+    write_media(tmp_path / "data")
+    num_left = None
+
+    def count(function):
+        def counted(*arguments):
+            nonlocal num_left
+            num_left = num_left and num_left - 1
+            if num_left == 0:
+                raise Killed
+            return function(*arguments)
+
+        return counted
+
+    monkeypatch.setattr(LocalWriter, "publish", count(LocalWriter.publish))
+    monkeypatch.setattr(LocalFolder, "remove", count(LocalFolder.remove))
+    for number in range(1, 100):
+        num_left = number
+        try:
+            retry(made.output, run=RUN)
+        except Killed:
+            num_left = None
+            assert not any("missing" in str(found) for found in verify(tmp_path / "out")), number
+            result = retry(made.output, run=RUN) if again == "retry" else prepare(made)
+            assert result.rejects == {"media_missing": 1}, number
+            assert {row["key"] for row in index_rows(tmp_path / "out")} == {f"chat-{k:08d}" for k in range(10) if k != 6}, number
+            assert list(verify(tmp_path / "out")) == [], number
+        else:
+            break
+        shutil.rmtree(tmp_path / "out")
+        shutil.copytree(tmp_path / "built", tmp_path / "out", symlinks=True)
+    assert number > 8
+
+
+def test_retry_is_not_stopped_by_the_rate_and_may_be_done_twice(tmp_path: Path) -> None:
+    rows = [chat(number, {"image": f"{number}.png"}) for number in range(120)]
+    run = {"rows_per_partition": 60, "executor": "serial", "guard": {"enabled": False}, "max_reject_rate": 1.0}
+    made = recipe(tmp_path, rows, run=run)
+    prepare(made)
+    write_media(tmp_path / "data")
+    for number in range(5):
+        shutil.copy(tmp_path / "data/i.png", tmp_path / f"data/{number}.png")
+    assert retry(made.output, run=RUN).rejects == {"media_missing": 115}
+    for number in range(5, 60):
+        shutil.copy(tmp_path / "data/i.png", tmp_path / f"data/{number}.png")
+    retry(made.output, run=RUN)
+    worker = Worker(made.anchored())
+    done = plan_jobs(worker.located)[0]
+    assert retry_partition(worker, done).num_rejected == 0, "as Ray does it when the answer was lost with its node"
+
+
+def test_retry_of_a_build_whose_recipe_is_unknown_here_says_so(tmp_path: Path) -> None:
+    made = recipe(tmp_path, TEXT)
+    prepare(made)
+    path = tmp_path / "out/receipts/recipe.json"
+    path.write_text(path.read_text().replace('"seed"', '"sead"'))
+    with pytest.raises(ConfigError, match="recipe of the build: sead: Extra inputs are not permitted"):
+        retry(made.output)
 
 
 def test_retry_wants_a_finished_build_of_the_same_rows(tmp_path: Path) -> None:

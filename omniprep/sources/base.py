@@ -11,6 +11,7 @@ from omniprep.records import Record
 from omniprep.sources.files import is_url, parent_of
 from omniprep.sources.formats import Columns, Format, to_record
 from omniprep.sources.formats_chat import Tags
+from omniprep.sources.partitions import Partition
 
 
 class SourceBase(Config):
@@ -45,6 +46,10 @@ class SourceBase(Config):
             use_audio_in_video=self.use_audio_in_video,
             meta_columns=self.meta_columns,
         )
+
+    def bases(self, partition: Partition) -> set[str]:
+        """Return the folders or URLs that relative media paths of a partition's rows start from."""
+        return {self._base_of(piece.path) for piece in partition.slices}
 
     def _base_of(self, path: str) -> str:
         return parent_of(path) if self.media_root is None else _absolute(self.media_root)

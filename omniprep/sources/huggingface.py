@@ -36,7 +36,9 @@ class HuggingFaceSource(SourceBase):
         """Return slices of `rows_per_partition` rows, the same on every call. Raises `ConfigError`."""
         dataset = _load(self)
         name = f"{Path(self.path).name}:{self.dataset_split}"
-        file = InputFile(path=self.path, name=name, num_bytes=int(dataset.data.nbytes))
+        # What `datasets` keeps of other content lies under another path; so does that of another revision.
+        kept = str(dataset.cache_files[0]["filename"]) if dataset.cache_files else self.path
+        file = InputFile(path=kept, name=name, num_bytes=int(dataset.data.nbytes))
         checksum = zlib.crc32(str(dataset._fingerprint).encode()) if _is_saved(self.path) else zlib.crc32(self.revision_key)
         units = (
             Unit(file, 0, row, row, min(rows_per_partition, len(dataset) - row), checksum)
@@ -63,6 +65,10 @@ class HuggingFaceSource(SourceBase):
                     parsed = {key: json.loads(v) if key in json_columns and isinstance(v, str) else v for key, v in value.items()}
                     yield Row(index=index, place=f"{piece.name}[{number}]", value=plain_row(parsed), base=base)
                     index += 1
+
+    def bases(self, partition: Partition) -> set[str]:
+        """Return the folder that relative media paths start from."""
+        return {self._base_of(self._some_file())}
 
     def _some_file(self) -> str:
         """Return a path in the folder that media paths are relative to: the dataset's, its data files', or the hub's cache."""

@@ -21,6 +21,8 @@ from omniprep.types import MediaFile
 
 ABSENT = -1
 """`MediaFact.num_bytes` of what was not there."""
+OF_ROWS = "rows"
+"""`MediaFact.sha256` of a file that rows, not media, were read from: their own digest covers what was read."""
 _MAX_DIGESTS_KEPT = 4096
 _MAX_PATH = 4096
 """Longer names cannot be paths, and a hostile record's would only fill the receipt."""
@@ -39,7 +41,7 @@ class MediaFact:
     stamp: str
     """mtime in nanoseconds, or a URL's ETag; "" if unknown."""
     sha256: str
-    """Of the content; "" if it was not read: absent, refused, not a file."""
+    """Of the content; "" if it was not read: absent, refused, not a file. Of a source's own file `OF_ROWS`."""
 
 
 class MediaLedger:
@@ -76,8 +78,7 @@ class MediaLedger:
             if not in_row:
                 self._note(_refused(name, url, base))
             raise
-        location = url if url is not None else _local_path(name, base)
-        self._note(MediaFact(location=location, name=name, num_bytes=num_bytes, stamp=stamp, sha256=sha256))
+        self._note(MediaFact(location=location_of(name, base), name=name, num_bytes=num_bytes, stamp=stamp, sha256=sha256))
         return replace(media, stamp=stamp, sha256=sha256)
 
     def _note(self, fact: MediaFact | None) -> None:
@@ -94,6 +95,15 @@ def media_sha256(facts: Iterable[MediaFact]) -> str:
     """
     pairs = sorted({(fact.name, fact.sha256) for fact in facts})
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+
+
+def location_of(name: str, base: str) -> str:
+    """Return the absolute path or URL that a name means beside `base`: the rule of `MediaStore`.
+
+    >>> location_of("a.png", "/data"), location_of("a.png", "s3://bucket/data")
+    ('/data/a.png', 's3://bucket/data/a.png')
+    """
+    return _url_of(name, base) or _local_path(name, base)
 
 
 def changed(fact: MediaFact, *, content: bool = False, fetch: Callable[[str], MediaFile] | None = None) -> bool:
