@@ -12,6 +12,7 @@ Keys are `SOURCE-ROW`, so they are unique whatever the records' own ids are; tho
 with one id are therefore both kept, and land in the same split.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -22,7 +23,7 @@ from typing import Generic, Protocol, TypeVar
 
 from omniprep import __version__
 from omniprep.config import parse_config
-from omniprep.errors import ConfigError
+from omniprep.errors import ConfigError, OmniPrepError
 from omniprep.prepare_partition import Job, Worker, prepare_partition, retry_partition, rows_sha256, source_files
 from omniprep.probe import choose_rows
 from omniprep.receipts import (
@@ -47,6 +48,9 @@ from omniprep.sources.jsonl import JsonlSource
 from omniprep.sources.media_facts import OF_ROWS, changed, location_of
 from omniprep.storage.folder import open_folder
 
+_log = logging.getLogger(__name__)
+
+_TRIAL_NAME = "trial"
 _RECEIPT_THREADS = 16
 """Receipts read at a time: on an object store each takes a few round trips."""
 
@@ -97,6 +101,19 @@ def _check_places(recipe: Recipe, jobs: Iterable[Job]) -> None:
         )
     if cache is not None and _lies_in(cache, output):
         raise ConfigError(f"run.media_cache {cache}: lies in the output {output}, which holds the dataset alone; choose another")
+    if cache is not None and (problem := _why_unwritable(cache)):
+        _log.warning("run.media_cache: nothing new is kept there: %s", problem)
+
+
+def _why_unwritable(place: str) -> str:
+    """Return why no file can be written there, "" if one can. What workers say of it stays on their machines."""
+    try:
+        folder = open_folder(place)
+        folder.write(_TRIAL_NAME, b"")
+        folder.remove(_TRIAL_NAME)
+    except (OmniPrepError, OSError) as error:
+        return " ".join(str(error).split())
+    return ""
 
 
 def _lies_in(path: str, folder: str) -> bool:

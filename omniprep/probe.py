@@ -65,8 +65,10 @@ def choose_rows(recipe: Recipe, position: int) -> int:
 
     prober: GuardedRows[Estimate | RejectSample] = GuardedRows(BuildProber(recipe), recipe.run.guard)
     try:
-        outcomes = [outcome for _, outcome in prober.map(rows(), source=position, source_name=source.name)]
+        outcomes = list(prober.map(rows(), source=position, source_name=source.name))
     finally:
         prober.close()
-    estimates = [outcome for outcome in outcomes if isinstance(outcome, Estimate)]
+    estimates = [outcome for _, outcome in outcomes if isinstance(outcome, Estimate)]
+    if not estimates:  # a rejected row is kept whole until its partition ends, so large ones make small partitions too
+        estimates = [Estimate(num_tokens=1000, stored_bytes=max(20_000, len(row.raw))) for row, _ in outcomes]
     return choose_rows_per_partition(estimates, num_rows=sum(part.num_rows for part in parts))

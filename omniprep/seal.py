@@ -80,7 +80,7 @@ def check_rate(recipe: Recipe, receipts: Iterable[Receipt], *, num_rejected: int
     raise DatasetError(
         f"{num_rejected} of {num_rows} records are rejected ({', '.join(f'{name}: {count}' for name, count in reasons)}), "
         f"more than run.max_reject_rate={limit:g}; stopped. Look into {recipe.output}/quarantine, mend the cause and run the "
-        "same command again, or raise the limit: what is finished is kept"
+        "same command again (with --update if the recipe changed), or raise the limit: what is finished is kept"
     )
 
 

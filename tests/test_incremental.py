@@ -15,6 +15,7 @@ from omniprep.encode import media_items
 from omniprep.errors import ConfigError, DatasetError
 from omniprep.prepare import plan_jobs, prepare
 from omniprep.prepare_partition import prepare_partition
+from omniprep.probe import choose_rows
 from omniprep.receipts import Claim, is_output, read_claim
 from omniprep.shards.reader import iter_samples
 from omniprep.sources import huggingface
@@ -203,6 +204,26 @@ def test_a_build_never_reads_what_it_wrote(tmp_path: Path) -> None:
     cached = recipe(tmp_path, TEXT, run={**RUN, "media_cache": str(tmp_path / "out/cache")})
     with pytest.raises(ConfigError, match=r"run\.media_cache .*/out/cache: lies in the output"):
         prepare(cached)
+
+
+def test_a_cache_that_cannot_be_written_is_told_of_and_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").touch()
+    assert prepare(recipe(tmp_path, TEXT, run={**RUN, "media_cache": str(tmp_path / "file/cache")})).num_rows == 10
+    assert [record.getMessage().split(": ")[:2] for record in caplog.records] == [
+        ["run.media_cache", "nothing new is kept there"]
+    ]
+    caplog.clear()
+    prepare(recipe(tmp_path, TEXT, run={**RUN, "media_cache": str(tmp_path / "cache")}))
+    assert caplog.records == []
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_large_rows_that_are_all_rejected_make_small_partitions(tmp_path: Path) -> None:
+    run = {"executor": "serial", "guard": {"enabled": False}}
+    small = recipe(tmp_path / "small", ["{"] * 50, run=run).located()
+    large = recipe(tmp_path / "large", ["{" + "x" * 10_000_000] * 5, run=run).located()
+    assert choose_rows(small, 0) == 1000
+    assert choose_rows(large, 0) == 20
 
 
 def test_a_size_chosen_once_stays(tmp_path: Path) -> None:

@@ -55,7 +55,8 @@ class LocalFolder:
     def size(self, name: str) -> int | None:
         """Return a file's size in bytes, or None if it is absent."""
         try:
-            return (self.path / name).stat().st_size
+            with _explained(self.path / name):
+                return (self.path / name).stat().st_size
         except (FileNotFoundError, NotADirectoryError):
             return None
 
@@ -83,7 +84,7 @@ class LocalFolder:
     def version(self, name: str) -> str | None:
         """Return the sha256 of a file, or None if it is absent."""
         try:
-            with (self.path / name).open("rb") as file:
+            with _explained(self.path / name), (self.path / name).open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
         except (FileNotFoundError, NotADirectoryError):
             return None
