@@ -27,7 +27,9 @@ def vision_ids(grid_ids: Int64Array, grid_thw: tuple[int, int, int], *, base: in
 
 def audio_ids(num_tokens: int, *, first: int) -> Int32Array:
     """Return (3, tokens) ids of sound: one id per 40 ms token in all rows."""
-    return np.broadcast_to(np.arange(first, first + num_tokens, dtype=np.int32), (3, num_tokens))
+    ids = np.empty((3, num_tokens), np.int32)
+    ids[:] = np.arange(first, first + num_tokens, dtype=np.int32)
+    return ids
 
 
 def reference_grid_ids(num_steps: int, second_per_grid: float, profile: ModelProfile) -> Int64Array:
