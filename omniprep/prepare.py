@@ -139,7 +139,11 @@ def retry(output: str, *, run: dict[str, object] | None = None, inputs: Path | N
     recipe = parse_config(Recipe, values, place=f"{output}: recipe of the build")
     worker = Worker(recipe.anchored())
     with open_build(worker.folder, recipe.identity(), mode="continue", inputs_folder=place) as claim:
-        jobs = plan_jobs(worker.located, claim)
+        try:
+            jobs = plan_jobs(worker.located, claim)
+        except ConfigError as error:
+            advice = "" if inputs else f"; it was built in {place}: if all that lies elsewhere now, name the folder with --inputs"
+            raise ConfigError(f"{error}{advice}") from None
         found = (valid_receipt(worker, job, with_media=False) for job in jobs)
         receipts = {receipt.stem: receipt for receipt in found if receipt is not None}
         if len(receipts) < len(jobs):

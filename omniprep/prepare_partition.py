@@ -43,6 +43,7 @@ from omniprep.sources.media_store import MediaStore
 from omniprep.sources.partitions import Partition, Row
 from omniprep.sources.source import Source
 from omniprep.storage.folder import Folder, open_folder
+from omniprep.storage.remote import stamp_of_url
 from omniprep.tokens.vocab import VOCABULARY_SHA256
 from omniprep.types import EncodedSample, Rejection
 
@@ -360,7 +361,7 @@ def count_reasons(rejected: Iterable[Rejected]) -> dict[str, int]:
 
 
 def source_files(partition: Partition) -> Iterator[MediaFact]:
-    """Yield the local files that a partition's rows are in, as they are now; `rows_sha256` covers what is read from them."""
+    """Yield the files that a partition's rows are in, as they are now; `rows_sha256` covers what is read from them."""
     for piece in partition.slices:
         stamp = file_stamp(piece.path)
         if stamp is not None:
@@ -368,12 +369,15 @@ def source_files(partition: Partition) -> Iterator[MediaFact]:
 
 
 def file_stamp(path: str) -> tuple[int, str] | None:
-    """Return size and time of a local file, or None if there is none at that path."""
+    """Return size and time of a file, its ETag if it lies at a URL, or None if there is none at that path."""
     try:
-        status = None if is_url(path) else Path(path).stat()
+        if is_url(path):
+            num_bytes, stamp = stamp_of_url(path)
+            return num_bytes or 0, stamp
+        status = Path(path).stat()
     except OSError:
         return None
-    return None if status is None else (status.st_size, str(status.st_mtime_ns))
+    return status.st_size, str(status.st_mtime_ns)
 
 
 def rows_sha256(rows: Iterable[Row]) -> str:

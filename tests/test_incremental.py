@@ -1,8 +1,10 @@
 """A second build does what changed and nothing else."""
 
+import io
 import json
 import os
 import shutil
+import tarfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -22,6 +24,9 @@ from omniprep.sources import huggingface
 from omniprep.storage.folder import open_folder
 from omniprep.verify import verify
 from tests.prepare_builders import chat, recipe, tree, write_media, write_recipe, write_rows
+from tests.s3_server import S3, s3
+
+__all__ = ["s3"]
 
 TEXT = [chat(number) for number in range(10)]
 RUN = {"rows_per_partition": 4, "executor": "serial", "guard": {"enabled": False}}
@@ -224,6 +229,30 @@ def test_large_rows_that_are_all_rejected_make_small_partitions(tmp_path: Path) 
     large = recipe(tmp_path / "large", ["{" + "x" * 10_000_000] * 5, run=run).located()
     assert choose_rows(small, 0) == 1000
     assert choose_rows(large, 0) == 20
+
+
+def test_rows_at_a_url_are_compared_by_content_when_its_etag_changed(tmp_path: Path, s3: S3, done_again: list[str]) -> None:
+    def put(answer: str) -> None:
+        """Write a tar whose headers, all that planning reads, do not depend on what the rows say."""
+        file = io.BytesIO()
+        with tarfile.open(fileobj=file, mode="w") as archive:
+            for number in range(6):
+                row = {"text": answer if number == 5 else "same"}
+                data = json.dumps(row).encode()
+                info = tarfile.TarInfo(f"{number}.json")
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+        s3.put("data/rows.tar", file.getvalue())
+
+    made = recipe(tmp_path, TEXT, sources=[{"name": "rows", "kind": "webdataset", "path": f"{s3.url}/data/rows.tar"}])
+    put("that")
+    first = prepare(made)
+    done_again.clear()
+    assert prepare(made) == first
+    assert done_again == []
+    put("this")
+    assert prepare(made) != first
+    assert done_again == ["rows-00001"]
 
 
 def test_a_size_chosen_once_stays(tmp_path: Path) -> None:

@@ -307,6 +307,15 @@ def test_retry_of_a_build_whose_recipe_is_unknown_here_says_so(tmp_path: Path) -
         retry(made.output)
 
 
+def test_retry_asks_where_the_inputs_are_now(tmp_path: Path) -> None:
+    made = recipe(tmp_path / "a", TEXT)
+    prepare(made)
+    (tmp_path / "a/data").rename(tmp_path / "data")
+    with pytest.raises(ConfigError, match=r"no file matches .*; .*; it was built in .*/a: .* name the folder with --inputs"):
+        retry(made.output)
+    assert retry(made.output, inputs=tmp_path).num_rows == 10
+
+
 def test_retry_wants_a_finished_build_of_the_same_rows(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no dataset of `omniprep prepare`"):
         retry(str(tmp_path / "out"))

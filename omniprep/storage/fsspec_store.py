@@ -145,6 +145,14 @@ class HttpStore(FsspecStore):
         """Return bytes [start, end) and the file's stamp. A server that knows no ranges sends it all, and the rest is skipped."""
         return self.fetch(path, start, end, allowed=None)
 
+    def put(self, path: str, data: bytes) -> None:
+        """Refuse: fsspec would send a form to the server."""
+        raise StorageError(f"{path:.200}: files are only read from http(s); choose a folder, or an object store, to write to")
+
+    def put_file(self, path: str, local_path: str, num_bytes: int) -> None:
+        """Refuse, too."""
+        self.put(path, b"")
+
     def fetch(self, url: str, start: int, end: int | None, *, allowed: Callable[[str], bool] | None) -> tuple[bytes, str]:
         """Return bytes [start, end) and the stamp; `allowed` says to which addresses the server may redirect."""
         from fsspec.asyn import sync

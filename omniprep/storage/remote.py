@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self, TypeVar
 
 from omniprep.storage.folder import Conflict, FileWriter, RandomReader, StorageError
-from omniprep.storage.fsspec_store import FsspecStore, HttpStore, changed
+from omniprep.storage.fsspec_store import FsspecStore, Head, HttpStore, changed
 from omniprep.storage.retry import ATTEMPTS, short, status_of, with_retries
 
 T = TypeVar("T")
@@ -58,10 +58,22 @@ def read_url(
 
 def size_of_url(url: str) -> int | None:
     """Return a file's size in bytes, or None if an HTTP server does not tell. Raises `FileNotFoundError`, `StorageError`."""
+    return _head(url).num_bytes
+
+
+def stamp_of_url(url: str) -> tuple[int | None, str]:
+    """Return a file's size and what changes with its content ("": the store has nothing such), asked now.
+
+    Raises `FileNotFoundError`, `StorageError`.
+    """
+    return _head(url)
+
+
+def _head(url: str) -> Head:
     head = _do(url, lambda store, path: store.head(path))
     if head is None:
         raise FileNotFoundError(f"{url:.200}: no such file")
-    return head.num_bytes
+    return head
 
 
 def find_url(url: str) -> dict[str, int]:

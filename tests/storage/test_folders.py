@@ -165,3 +165,8 @@ def test_a_folder_pickles(folder: Folder) -> None:
 def test_an_unknown_kind_of_url_is_one_line() -> None:
     with pytest.raises(StorageError, match=r"^nosuch://a/b: Protocol not known: nosuch; use one of fsspec's"):
         open_folder("nosuch://a").read("b")
+
+
+def test_nothing_is_sent_to_a_web_server() -> None:
+    with pytest.raises(StorageError, match=r"files are only read from http\(s\); choose a folder, or an object store"):
+        open_folder("http://127.0.0.1:9").write("a.json", b"{}")
