@@ -186,7 +186,7 @@ def _frame_bytes(members: Mapping[str, bytes]) -> bytes:
 
 def _describe(sample: EncodedSample) -> bytes:
     try:
-        meta = _dumps(sample.meta)
+        meta = _dumps(sample.meta) if sample.meta else "{}"
     except (ValueError, TypeError) as error:
         raise RejectSample(Reason.SCHEMA_INVALID, f"meta: cannot be stored as JSON: {error}") from None
     about = {
@@ -200,8 +200,8 @@ def _describe(sample: EncodedSample) -> bytes:
         "codec": "",  # the codec card's name in Talker datasets
     }
     media = {
-        "audio": _dumps(_audio_facts(sample.audio)),
-        "vision": _dumps(_vision_facts(sample.vision)),
+        "audio": _dumps(_audio_facts(sample.audio)) if sample.audio else "[]",
+        "vision": _dumps(_vision_facts(sample.vision)) if sample.vision else "[]",
         "meta": meta,
     }
     # Segments are numbers and closed words, and a dialogue has dozens: written out, they take a fifth of the encoder's time.
