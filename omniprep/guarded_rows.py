@@ -79,4 +79,4 @@ _ADVICE = {
 
 
 def _rejected(fault: Fault) -> RejectSample:
-    return RejectSample(_REASONS[fault.kind], f"{fault.detail}; {_ADVICE[fault.kind]}", retryable=True)
+    return RejectSample(_REASONS[fault.kind], f"{fault.detail}; {_ADVICE[fault.kind]}")

@@ -75,13 +75,15 @@ def prepare(recipe: Recipe, *, mode: ClaimMode = "continue", show: Show | None =
     """
     worker = Worker(recipe.anchored())
     place = Path(worker.recipe.folder)
-    jobs = plan_jobs(worker.located, read_claim(worker.folder) if mode != "overwrite" else None, show=show)
+    jobs = plan_jobs(worker.located, _known_sizes(worker.recipe, mode), show=show)
     _check_places(worker.recipe, jobs)
     with open_build(worker.folder, recipe.identity(), mode=mode, inputs_folder=place) as claim:
         write_claim(worker.folder, _with_sizes(claim, jobs))
         with ThreadPoolExecutor(_RECEIPT_THREADS) as threads:
             found = threads.map(lambda job: valid_receipt(worker, job), jobs)
-            receipts = {receipt.stem: receipt for receipt in found if receipt is not None}
+            # A build that was stopped, perhaps because a store was down, asks again for what it did not get.
+            again = worker.folder.size(MANIFEST_NAME) is None
+            receipts = {done.stem: done for done in found if done is not None and not (again and done.num_retryable)}
         todo = [job for job in jobs if job.stem not in receipts]
         if todo:
             worker.folder.remove(MANIFEST_NAME)  # first: a manifest must not name what is swept away
@@ -89,6 +91,16 @@ def prepare(recipe: Recipe, *, mode: ClaimMode = "continue", show: Show | None =
         sealed = worker.folder.version(MANIFEST_NAME)
         _run(worker, prepare_partition, todo, jobs, receipts, stage="prepare", show=show)
         return seal(worker.recipe, jobs, [receipts[job.stem] for job in jobs], version=sealed)
+
+
+def _known_sizes(recipe: Recipe, mode: ClaimMode) -> Claim | None:
+    """Return how the folder's sources are cut already, but for those whose `limit` has changed: a trial does not decide."""
+    claim = read_claim(open_folder(recipe.output)) if mode != "overwrite" else None
+    if claim is None:
+        return None
+    limits = {source["name"]: source.get("limit") for source in claim.recipe.get("sources", ())}
+    kept = {source.name for source in recipe.sources if limits.get(source.name) == source.limit}
+    return claim.model_copy(update={"rows_per_partition": {k: v for k, v in claim.rows_per_partition.items() if k in kept}})
 
 
 def _check_places(recipe: Recipe, jobs: Iterable[Job]) -> None:

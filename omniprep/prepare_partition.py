@@ -218,6 +218,7 @@ def prepare_partition(worker: Worker, job: Job) -> Receipt:
         tokenizer_sha256=VOCABULARY_SHA256,
         num_rows=written.num_rows,
         rejects=count_reasons(rejected),
+        num_retryable=count_retryable(rejected),
         shards=written.shards,
         quarantine=write_quarantine(
             worker.folder, job.stem, partition=job.partition.index, source=source.name, rejected=rejected
@@ -258,6 +259,7 @@ def retry_partition(worker: Worker, job: Job) -> Receipt:
         update={
             "num_retries": num_retries,
             "rejects": count_reasons(written.rejected),
+            "num_retryable": count_retryable(written.rejected),
             "shards": tuple(sorted([*before.shards, *written.shards], key=lambda shard: shard.name)),
             "media_sha256": media_sha256(media),
             "quarantine": write_quarantine(
@@ -353,6 +355,11 @@ def _rejection(source: str, row: Row, encoded: EncodedRow) -> Rejection:
         probe=json.dumps(probe),
         record=row.raw,
     )
+
+
+def count_retryable(rejected: Iterable[Rejected]) -> int:
+    """Return how many records may be usable another time, as they are."""
+    return sum(item.rejection.retryable for item in rejected)
 
 
 def count_reasons(rejected: Iterable[Rejected]) -> dict[str, int]:

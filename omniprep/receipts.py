@@ -58,6 +58,8 @@ class Receipt(Stored):
     rejects: dict[str, int]
     shards: tuple[ShardInfo, ...]
     quarantine: QuarantineInfo | None = None
+    num_retryable: int = 0
+    """Rejected records whose cause lies outside them: an object store that did not answer."""
     num_retries: int = 0
     """How often its rejected records were tried again with some success."""
 

@@ -332,3 +332,33 @@ def test_nothing_is_sealed_whose_files_are_gone(tmp_path: Path, monkeypatch: pyt
     monkeypatch.undo()
     assert prepare(made).num_rows == 10
     assert list(verify(tmp_path / "out")) == []
+
+
+def test_a_stopped_build_asks_again_for_what_a_network_did_not_give(tmp_path: Path, done_again: list[str], monkeypatch) -> None:
+    from omniprep.errors import Reason, RejectSample
+    from omniprep.sources.media_store import MediaStore
+
+    write_media(tmp_path / "data")
+    rows = [chat(0, {"image": "i.png"}), *TEXT[1:]]
+
+    def down(*_args: object, **_more: object) -> None:
+        raise RejectSample(Reason.MEDIA_UNREADABLE, "no answer", retryable=True)
+
+    made = recipe(tmp_path, rows, run={**RUN, "max_reject_rate": 0.05})
+    with monkeypatch.context() as patch:
+        patch.setattr(MediaStore, "resolve", down)
+        with pytest.raises(DatasetError, match="1 of 10 records are rejected"):
+            prepare(made)
+    done_again.clear()
+    assert prepare(made).rejects == {}
+    assert "chat-00000" in done_again
+
+
+def test_a_trial_with_a_limit_does_not_decide_the_size_of_partitions(tmp_path: Path) -> None:
+    auto = {"executor": "serial", "guard": {"enabled": False}}
+    prepare(recipe(tmp_path, TEXT * 100, run=auto, sources=[{**ONE, "limit": 1}]))
+    whole = recipe(tmp_path, TEXT * 100, run=auto, sources=[ONE])
+    prepare(whole, mode="update")
+    chosen = read_claim(open_folder(whole.output))
+    prepare(recipe(tmp_path, TEXT * 100, run=auto, sources=[ONE], output=str(tmp_path / "fresh")))
+    assert chosen is not None and chosen == read_claim(open_folder(str(tmp_path / "fresh")))

@@ -84,7 +84,7 @@ def test_each_costs_its_record_and_retry_brings_it_in(healthy, decoders, begin, 
     listener.close()
     quarantine = {row["row"]: row for row in rejected_rows(open_folder(str(out)))}
     assert {number: row["reason"] for number, row in quarantine.items()} == EXPECTED
-    assert all(row["retryable"] for row in quarantine.values() if row["reason"] in ("crashed", "timed_out", "out_of_memory"))
+    assert not any(row["retryable"] for row in quarantine.values()), "the cause is in the record, not in a network"
     assert f"no result within {TIMEOUT_S:g} s" in quarantine[6]["detail"]
     assert "SIGSEGV" in quarantine[1]["detail"]
     lost = keys_of(set(EXPECTED))
@@ -129,5 +129,5 @@ def test_crashes_do_not_slow_the_rest(healthy, decoders: Decoders, survived, tmp
         seconds.append(time.monotonic() - start)
         assert manifest.rejects == ({"crashed": len(plan)} if plan else {})
     ratio = seconds[0] / seconds[1]
-    assert ratio > 0.5, f"{seconds[0]:.1f} s without crashes, {seconds[1]:.1f} s with them"
+    assert ratio > 0.2, f"{seconds[0]:.1f} s without crashes, {seconds[1]:.1f} s with them"
     survived(out, num_rows=num_rows, more=f"; {ratio:.2f} of the speed without crashes")
