@@ -97,7 +97,7 @@ def _check_shard(folder: Folder, manifest: Manifest, shard: ShardInfo, profile: 
         if end + 2 * BLOCK_BYTES != shard.num_bytes:
             message = f"index: its records end at byte {end}, the tar has {shard.num_bytes}"
             yield Finding(shard=shard.name, message=message)
-        totals = add_up(("", totals_of(row)) for row in reader.rows).get("", Totals())
+        totals = totals_of(reader.rows)
         if totals != shard.totals:
             yield Finding(shard=shard.name, message=f"manifest: totals are {_differing(shard.totals, totals)}")
         yield from _check_plain_reader(reader)

@@ -109,10 +109,15 @@ class Manifest(Stored):
         return MemberFormat(kind=self.kind, frame_format=self.frame_format, mel_dtype=self.mel_dtype)
 
 
-def totals_of(row: Mapping[str, Any]) -> Totals:
-    """Return the totals of one index row."""
-    counted = {name: row[name] for name in Totals.model_fields if name != "num_records"}
-    return Totals(num_records=1, **counted)
+def totals_of(rows: Iterable[Mapping[str, Any]]) -> Totals:
+    """Return the totals of index rows."""
+    sums: dict[str, Any] = dict.fromkeys(Totals.model_fields, 0)
+    counted = [name for name in sums if name != "num_records"]
+    for row in rows:
+        sums["num_records"] += 1
+        for name in counted:
+            sums[name] += row[name]
+    return Totals(**sums)
 
 
 def add_up(values: Iterable[tuple[str, Totals]]) -> dict[str, Totals]:
@@ -129,7 +134,11 @@ def add_up(values: Iterable[tuple[str, Totals]]) -> dict[str, Totals]:
 
 def totals_by_modality(rows: Iterable[Mapping[str, Any]]) -> dict[str, Totals]:
     """Return the totals of index rows by modality."""
-    return add_up((name, totals_of(row)) for row in rows for name in modalities(row))
+    rows_of: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        for name in modalities(row):
+            rows_of.setdefault(name, []).append(row)
+    return {name: totals_of(found) for name, found in sorted(rows_of.items())}
 
 
 def write_manifest(folder: Place, manifest: Manifest) -> None:

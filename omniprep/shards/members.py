@@ -88,7 +88,7 @@ def to_members(
         _MEL: _mel_bytes(sample.audio, num_mel_bins=profile.num_mel_bins, dtype=np.dtype(form.mel_dtype)),
     }
     if form.frame_format == "raw":
-        members[_FRAMES["raw"]] = npy_header("|u1", (sum(map(len, frames)),)) + b"".join(frames)
+        members[_FRAMES["raw"]] = b"".join((npy_header("|u1", (sum(map(len, frames)),)), *frames))
     else:
         members[_FRAMES["jpeg"]] = b"".join(frames)
     for name in sequences:
@@ -164,7 +164,7 @@ def npy_header(descr: str, shape: tuple[int, ...]) -> bytes:
 def _layout_bytes(layout: Layout) -> bytes:
     stacked = np.empty((_TOKEN_ROWS, layout.num_tokens), np.int32)
     stacked[0], stacked[1], stacked[2:] = layout.input_ids, layout.labels, layout.position_ids
-    return npy_header("<i4", stacked.shape) + stacked.tobytes()
+    return b"".join((npy_header("<i4", stacked.shape), stacked.data))
 
 
 def _mel_bytes(audio: Sequence[EncodedAudio], *, num_mel_bins: int, dtype: np.dtype[Any]) -> bytes:
@@ -173,7 +173,7 @@ def _mel_bytes(audio: Sequence[EncodedAudio], *, num_mel_bins: int, dtype: np.dt
     for item in audio:
         stacked[:, start : start + item.num_mel_frames] = item.mel
         start += item.num_mel_frames
-    return npy_header(dtype.str, stacked.shape) + stacked.tobytes()
+    return b"".join((npy_header(dtype.str, stacked.shape), stacked.data))
 
 
 def _frame_bytes(members: Mapping[str, bytes]) -> bytes:

@@ -14,7 +14,7 @@ from typing import Any
 from omniprep.errors import Reason, RejectSample
 from omniprep.profile import QWEN2_5_OMNI, ModelProfile
 from omniprep.shards.index import content_sha256, describe_sample, index_bytes
-from omniprep.shards.manifest import ShardInfo, Totals, add_up, totals_by_modality, totals_of
+from omniprep.shards.manifest import ShardInfo, totals_by_modality, totals_of
 from omniprep.shards.members import MemberFormat, to_members
 from omniprep.storage.folder import FileWriter, Folder
 from omniprep.types import EncodedSample
@@ -155,7 +155,7 @@ class ShardWriter:
             num_bytes=self.num_bytes,
             sha256=self._digest.hexdigest(),
             index_sha256=index_sha256,
-            totals=add_up(("", totals_of(row)) for row in self._rows).get("", Totals()),
+            totals=totals_of(self._rows),
             modalities=totals_by_modality(self._rows),
         )
 
