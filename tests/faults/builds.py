@@ -159,11 +159,11 @@ class Watch:
 
     def check(self, expected: dict[str, str]) -> None:
         """Every file that ever had its final name was complete, and was what it is at the end."""
-        assert self.num_looks > 5
+        assert self.num_looks > 5, f"looked {self.num_looks} times"
         assert self.seen, "nothing was there to be seen"
-        assert self.broken == []
-        early = {name: digests for name, digests in self.seen.items() if not digests <= {expected.get(name, "")}}
-        assert early == {}
+        assert self.broken == [], f"half written: {self.broken}"
+        early = {name for name, digests in self.seen.items() if not digests <= {expected.get(name, "")}}
+        assert early == set(), f"seen with other content than at the end: {early}"
 
 
 def _reads(name: str, data: bytes) -> bool:
