@@ -101,7 +101,7 @@ def with_layout(sample: EncodedSample, **changes: object) -> EncodedSample:
 def supervised_off(layout: Layout, segment: Segment) -> Layout:
     labels = layout.labels.copy()
     labels[segment.start : segment.stop] = -100
-    segments = tuple(replace(one, supervised=False) if one == segment else one for one in layout.segments)
+    segments = tuple(one._replace(supervised=False) if one == segment else one for one in layout.segments)
     return replace(layout, labels=labels, segments=segments)
 
 
@@ -142,8 +142,8 @@ def swapped_segments(samples: list[EncodedSample]) -> EncodedSample:
     order = np.r_[: video.start, audio.start : audio.stop, video.start : video.stop, audio.stop : layout.num_tokens]
     length = audio.stop - audio.start
     moved = (
-        replace(audio, start=video.start, stop=video.start + length),
-        replace(video, start=video.start + length, stop=audio.stop),
+        audio._replace(start=video.start, stop=video.start + length),
+        video._replace(start=video.start + length, stop=audio.stop),
     )
     return with_layout(
         samples[2],

@@ -114,13 +114,12 @@ class ChatTemplate:
 
     def reply(self, messages: Sequence[Message], *, place: str = "messages") -> list[Piece]:
         """Return the pieces of the turns that answer a prompt (a preference's chosen or rejected side)."""
-        return list(self._turns(messages, _MediaCount(self.config), place, first=0))
+        return self._turns(messages, _MediaCount(self.config), place, first=0)
 
     def document(self, document: Document) -> list[Piece]:
         """Return the pieces of a document: its parts without turns, closed by `<|endoftext|>`, which is supervised."""
-        pieces: list[Piece] = list(self._content(document.parts, True, _MediaCount(self.config), "parts"))
-        pieces.append(ControlPiece(self.profile.special.endoftext, True))
-        return pieces
+        content = self._content(document.parts, True, _MediaCount(self.config), "parts")
+        return [*content, ControlPiece(self.profile.special.endoftext, True)]
 
     def _system_turn(
         self, given: Message | None, tools: Sequence[dict[str, Any]], count: _MediaCount, place: str
@@ -137,31 +136,36 @@ class ChatTemplate:
             yield from self._tool_signatures(tools, supervised)
         yield from self._closings[supervised]
 
-    def _turns(self, messages: Sequence[Message], count: _MediaCount, where: str, *, first: int) -> Iterator[Piece]:
+    def _turns(self, messages: Sequence[Message], count: _MediaCount, where: str, *, first: int) -> list[Piece]:
+        pieces: list[Piece] = []
         for index, message in enumerate(messages[first:], first):
             place = f"{where}.{index}.content"
             if message.role == "tool":
                 opens = index == first or messages[index - 1].role != "tool"
                 closes = index + 1 == len(messages) or messages[index + 1].role != "tool"
-                yield from self._tool_response(message, count, place, opens=opens, closes=closes)
+                pieces += self._tool_response(message, count, place, opens=opens, closes=closes)
                 continue
             supervised = message.role == "assistant" if message.loss is None else message.loss
-            yield from self._openings[message.role]
-            yield from self._content(message.content, supervised, count, place)
+            pieces += self._openings[message.role]
+            pieces += self._content(message.content, supervised, count, place)
             for number, call in enumerate(message.tool_calls):
-                yield from self._tool_call(call, supervised, newline=number > 0 or bool(message.content))
-            yield from self._closings[supervised]
+                pieces += self._tool_call(call, supervised, newline=number > 0 or bool(message.content))
+            pieces += self._closings[supervised]
+        return pieces
 
-    def _content(self, parts: Sequence[Part], supervised: bool, count: _MediaCount, place: str) -> Iterator[Piece]:
+    def _content(self, parts: Sequence[Part], supervised: bool, count: _MediaCount, place: str) -> list[Piece]:
+        pieces: list[Piece] = []
         for index, part in enumerate(parts):
             if isinstance(part, TextPart):
                 if part.text:
-                    yield TextPiece(part.text, supervised if part.loss is None else part.loss, place=f"{place}.{index}")
+                    on = supervised if part.loss is None else part.loss
+                    pieces.append(TextPiece(part.text, on, place=f"{place}.{index}"))
                 continue
             prefix = count.prefix(part.type)
             if prefix:
-                yield TextPiece(prefix, supervised)
-            yield MediaPiece(part, f"{place}.{index}")
+                pieces.append(TextPiece(prefix, supervised))
+            pieces.append(MediaPiece(part, f"{place}.{index}"))
+        return pieces
 
     def _tool_signatures(self, tools: Sequence[dict[str, Any]], supervised: bool) -> Iterator[Piece]:
         special = self.profile.special
