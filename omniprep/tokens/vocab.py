@@ -97,7 +97,11 @@ def byte_alphabet() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
-def read_tiktoken(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+Vocabulary = tuple[dict[str, int], list[str]]
+"""Ids of the regular tokens, in the alphabet of byte-level BPE, and the merges in rank order, each as `left right`."""
+
+
+def read_tiktoken(path: Path) -> Vocabulary:
     """Return (vocabulary, merges) of a `.tiktoken` file: lines of "base64(bytes) rank"; ids are the ranks.
 
     The merge of a token is what is left of its bytes after every merge of a lower rank. Raises `ConfigError` on a file
@@ -114,7 +118,7 @@ def read_tiktoken(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         if len(token) > 1:
             left, right = _last_merge(ranks, token, rank)
-            merges.append((text[left], text[right]))
+            merges.append(f"{text[left]} {text[right]}")
     return {text[token]: rank for token, rank in ranks.items()}, merges
 
 
@@ -132,19 +136,15 @@ def _last_merge(ranks: dict[bytes, int], token: bytes, below: int) -> list[bytes
     return parts
 
 
-def vocabulary_digest(vocabulary: dict[str, int], merges: Sequence[tuple[str, str]]) -> str:
+def vocabulary_digest(vocabulary: dict[str, int], merges: Sequence[str]) -> str:
     """Return the SHA-256 of the regular tokens in id order and the merges in rank order, one a line."""
-    digest = hashlib.sha256()
-    for token in sorted(vocabulary, key=vocabulary.__getitem__):
-        digest.update(token.encode() + b"\n")
-    for left, right in merges:
-        digest.update(f"{left} {right}\n".encode())
-    return digest.hexdigest()
+    lines = [*sorted(vocabulary, key=vocabulary.__getitem__), *merges, ""]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def build_tokenizer(vocabulary: dict[str, int], merges: Sequence[tuple[str, str]], *, added: bool) -> Tokenizer:
+def build_tokenizer(vocabulary: dict[str, int], merges: Sequence[str], *, added: bool) -> Tokenizer:
     """Return the tokenizer; `added=False` leaves the control tokens out, so that their strings are ordinary text."""
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=list(map(_merge_pair, merges))))
     tokenizer.normalizer = _NFC
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -169,7 +169,8 @@ class TextTokenizer:
 
     vocabulary: dict[str, int] = field(repr=False)
     """Ids of the regular tokens, in the alphabet of byte-level BPE."""
-    merges: Sequence[tuple[str, str]] = field(repr=False)
+    merges: Sequence[str] = field(repr=False)
+    """Merges in rank order, each as `left right`."""
     origin: str
     """Where it was found, for the manifest."""
     digest: str
@@ -324,7 +325,7 @@ def _from_hub(hub_id: str) -> Path:
         ) from None
 
 
-def _read(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def _read(path: Path) -> Vocabulary:
     """Return (vocabulary, merges) of the regular tokens in any of the three forms."""
     if path.is_dir():
         whole = path / "tokenizer.json"
@@ -336,23 +337,23 @@ def _read(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     return _read_tokenizer_json(path)
 
 
-def _read_tokenizer_json(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def _read_tokenizer_json(path: Path) -> Vocabulary:
     try:
         model = json.loads(path.read_text(encoding="utf-8"))["model"]
-        merges = [_merge_pair(merge) for merge in model["merges"]]
+        merges = [" ".join(_merge_pair(merge)) for merge in model["merges"]]
         vocabulary = {token: rank for token, rank in model["vocab"].items() if rank < NUM_REGULAR_TOKENS}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: not a BPE tokenizer.json: {error!r}") from None
     return vocabulary, merges
 
 
-def _read_vocab_and_merges(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def _read_vocab_and_merges(folder: Path) -> Vocabulary:
     try:
         vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder}: expected tokenizer.json, or vocab.json and merges.txt: {error}") from None
-    return vocabulary, [_merge_pair(line) for line in lines if line and not line.startswith("#version")]
+    return vocabulary, [line for line in lines if line and not line.startswith("#version")]
 
 
 def _merge_pair(merge: str | Sequence[str]) -> tuple[str, str]:
@@ -360,24 +361,29 @@ def _merge_pair(merge: str | Sequence[str]) -> tuple[str, str]:
     return left, right
 
 
-def _read_tiktoken_cached(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Read a `.tiktoken` file through a cache of its merges, which take about 1.5 s to find again."""
+def _read_tiktoken_cached(path: Path) -> Vocabulary:
+    """Read a `.tiktoken` file through a cache of its merges, which take about 1.5 s to find again.
+
+    Every process reads it that builds a tokenizer, so it is what is quick to read: two lists of strings, tokens and merges.
+    """
     data = path.read_bytes()
     digest = hashlib.sha256(data).hexdigest()
     folder = Path(
         os.environ.get("OMNIPREP_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "omniprep"
     )
-    cached = folder / f"vocabulary-{digest[:16]}.json"
+    cached = folder / f"tokens-{digest[:16]}.json"
     try:
-        vocabulary, merges = json.loads(cached.read_text(encoding="utf-8"))
-        return vocabulary, [(left, right) for left, right in merges]
-    except (OSError, ValueError):
+        tokens, merges = json.loads(cached.read_text(encoding="utf-8"))
+        return {token: rank for rank, token in enumerate(tokens)}, merges
+    except (OSError, ValueError, TypeError):
         pass
     vocabulary, merges = read_tiktoken(path)
+    if list(vocabulary.values()) != list(range(len(vocabulary))):
+        return vocabulary, merges  # ranks with gaps or out of order: not the vocabulary that is looked for
     try:
         folder.mkdir(parents=True, exist_ok=True)
         partial = cached.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps([vocabulary, merges]), encoding="utf-8")
+        partial.write_text(json.dumps([list(vocabulary), merges]), encoding="utf-8")
         partial.replace(cached)
     except OSError:
         pass  # a read-only home costs time, not correctness: the digest is checked either way
