@@ -194,7 +194,7 @@ NOT_A_NUMBER = replace(audio_item(), mel=np.full((128, 100), np.nan, np.float32)
             "starts at position 0, not above 27",
         ),
         (changed(segments=(*SEGMENTS[:2], *SEGMENTS[3:])), "segments do not tile"),
-        (changed(segments=(SEGMENTS[0], replace(SEGMENTS[1], offset=3), *SEGMENTS[2:])), "starts at token 3 of its item"),
+        (changed(segments=(SEGMENTS[0], SEGMENTS[1]._replace(offset=3), *SEGMENTS[2:])), "starts at token 3 of its item"),
         (replace(media_sample(), audio=(audio_item(32_000), media_sample().audio[1])), "audio item 0: expected 50 .*got 25"),
         (replace(media_sample(), audio=media_sample().audio[:1]), "audio item 1: expected None placeholder tokens, got 6"),
         (replace(media_sample(), audio=(replace(audio_item(), num_samples=1), audio_item(4_000))), "1 samples make 1 mel frames"),
