@@ -204,6 +204,8 @@ def open_build(folder: Folder, identity: Mapping[str, Any], *, mode: ClaimMode, 
     """
     before = read_claim(folder)
     if before is None and folder.size(_LOCK_NAME) is None and not folder.is_empty():
+        before = read_claim(folder)  # a build that began this moment, where there are no locks, has put it first
+    if before is None and folder.size(_LOCK_NAME) is None and not folder.is_empty():
         raise ConfigError(f"output {folder.place}: holds files that OmniPrep did not write; choose another output or empty it")
     with ExitStack() as stack:
         try:
