@@ -192,7 +192,11 @@ def read_claim(folder: Folder) -> Claim | None:
 
 def write_claim(folder: Folder, claim: Claim) -> None:
     """Write what a folder is claimed for."""
-    folder.write(RECIPE_NAME, (json.dumps(claim.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode("ascii"))
+    folder.write(RECIPE_NAME, _claim_bytes(claim))
+
+
+def _claim_bytes(claim: Claim) -> bytes:
+    return (json.dumps(claim.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode("ascii")
 
 
 @contextmanager
@@ -202,10 +206,8 @@ def open_build(folder: Folder, identity: Mapping[str, Any], *, mode: ClaimMode, 
     Raises `ConfigError` if another build runs there, if it holds something else, or was built from another recipe and
     `mode` is `continue`.
     """
-    before = read_claim(folder)
-    if before is None and folder.size(_LOCK_NAME) is None and not folder.is_empty():
-        before = read_claim(folder)  # a build that began this moment, where there are no locks, has put it first
-    if before is None and folder.size(_LOCK_NAME) is None and not folder.is_empty():
+    # Asked again once it is not empty: a build that begins at this moment puts its lock or its claim there first.
+    if not _is_ours(folder) and not folder.is_empty() and not _is_ours(folder):
         raise ConfigError(f"output {folder.place}: holds files that OmniPrep did not write; choose another output or empty it")
     with ExitStack() as stack:
         try:
@@ -215,7 +217,7 @@ def open_build(folder: Folder, identity: Mapping[str, Any], *, mode: ClaimMode, 
         except (StorageError, OSError) as error:
             reason = (error.strerror if isinstance(error, OSError) else None) or error
             raise ConfigError(f"output {folder.place}: cannot be made or written: {reason}; choose another output") from None
-        claim = _claim(folder, before, json.loads(json.dumps(identity)), mode=mode)
+        claim = _claim(folder, json.loads(json.dumps(identity)), mode=mode)
         place = json.dumps({"inputs_folder": str(inputs_folder.absolute())}) + "\n"
         folder.write(_PLACE_NAME, place.encode("ascii"))
         folder.remove_partials()
@@ -225,7 +227,13 @@ def open_build(folder: Folder, identity: Mapping[str, Any], *, mode: ClaimMode, 
             folder.remove_partials()
 
 
-def _claim(folder: Folder, before: Claim | None, identity: dict[str, Any], *, mode: ClaimMode) -> Claim:
+def _is_ours(folder: Folder) -> bool:
+    return read_claim(folder) is not None or folder.size(_LOCK_NAME) is not None
+
+
+def _claim(folder: Folder, identity: dict[str, Any], *, mode: ClaimMode) -> Claim:
+    version = folder.version(RECIPE_NAME)  # first: a claim that changes after this look is a conflict below
+    before = read_claim(folder)
     if before is not None and before.recipe != identity and mode == "continue":
         listed = differences(before.recipe, identity)
         shown = "; ".join(listed[:6]) + (f"; and {len(listed) - 6} more" if len(listed) > 6 else "")
@@ -239,7 +247,10 @@ def _claim(folder: Folder, before: Claim | None, identity: dict[str, Any], *, mo
     sizes = before.rows_per_partition if before is not None and mode != "overwrite" else {}
     claim = Claim(recipe=identity, rows_per_partition=sizes)
     if before != claim:
-        write_claim(folder, claim)
+        try:
+            folder.write_if(RECIPE_NAME, _claim_bytes(claim), version)
+        except Conflict:  # there was no lock, and another build claimed it at this moment: see for what
+            return _claim(folder, identity, mode=mode)
     return claim
 
 

@@ -14,6 +14,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -109,6 +110,8 @@ class FaultyProxy(ThreadingHTTPServer):
     daemon_threads = True
     state: S3
     upstream: tuple[str, int]
+    one_at_a_time: threading.Lock
+    """S3 looks at a condition and writes in one step; moto does so only if no other request comes in between."""
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that went away, or was sent away, is no news."""
@@ -176,12 +179,11 @@ class _Handler(BaseHTTPRequestHandler):
         return body
 
     def _forward(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
-        connection = http.client.HTTPConnection(*self.server.upstream)
         headers = {name: value for name, value in self.headers.items() if name.lower() not in ("transfer-encoding", "expect")}
-        connection.request(self.command, self.path, body, {**headers, "Content-Length": str(len(body))})
-        response = connection.getresponse()
-        data = response.read()
-        connection.close()
+        with self.server.one_at_a_time, closing(http.client.HTTPConnection(*self.server.upstream)) as connection:
+            connection.request(self.command, self.path, body, {**headers, "Content-Length": str(len(body))})
+            response = connection.getresponse()
+            data = response.read()
         hop = ("transfer-encoding", "connection", "date", "server")
         return response.status, {name: value for name, value in response.getheaders() if name.lower() not in hop}, data
 
@@ -222,6 +224,7 @@ def _proxy() -> FaultyProxy:
     host, port = server.get_host_and_port()
     proxy = FaultyProxy(("127.0.0.1", 0), _Handler)
     proxy.upstream = (str(host), int(port))
+    proxy.one_at_a_time = threading.Lock()
     threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
     atexit.register(server.stop)
     atexit.register(proxy.shutdown)

@@ -116,12 +116,11 @@ def test_two_builds_at_once(local, s3: S3, begin, survived) -> None:
     out = f"{s3.url}/out"
     runs = [begin(prepare(corpus.recipe, out)) for _ in range(2)]
     codes = sorted(run.wait() for run in runs)
-    assert codes[0] == 0 and codes[1] in (0, 1, 2)
+    assert codes in ([0, 0], [0, 1]), [run.told() for run in runs]
     for run in runs:
-        if run.process.returncode == 1:
-            assert "another build sealed it meanwhile" in line_of_error(run.told())
-        elif run.process.returncode:
-            assert line_of_error(run.told()), "refused in one line"
+        if run.process.returncode:
+            line = line_of_error(run.told())
+            assert "another build sealed it meanwhile" in line or "was another build writing there" in line
     check(survived, s3, corpus, expected, out)
 
 
