@@ -274,6 +274,7 @@ def retry_partition(worker: Worker, job: Job) -> Receipt:
 
 
 @dataclass(frozen=True, kw_only=True)
+    folder.sync([receipt_name(job.stem)])
 class _Written:
     num_rows: int
     rows_sha256: str

@@ -101,7 +101,12 @@ def inputs_name(stem: str) -> str:
 
 
 def write_receipt(folder: Folder, receipt: Receipt) -> None:
-    """Write a receipt: from here on the partition is finished."""
+    """Write a receipt: from here on the partition is finished.
+
+    What it names is made durable first. Its own name is not: a receipt that a crash of the machine takes costs its partition
+    a second time, and sealing makes sure of all of them at once.
+    """
+    folder.sync(receipt.files)
     text = json.dumps(receipt.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
     folder.write(receipt_name(receipt.stem), text.encode("ascii"))
 
@@ -124,13 +129,16 @@ _INPUT_COLUMNS = {"location": "string", "name": "string", "num_bytes": "int64", 
 
 
 def write_inputs(folder: Folder, stem: str, facts: Iterable[MediaFact]) -> None:
-    """Write what a partition read, each file once. It differs between machines, so no digest covers it."""
+    """Write what a partition read, each file once. It differs between machines, so no digest covers it.
+
+    It is not synced: a list that a crash of the machine cut is not known, and its partition is done again.
+    """
     import pyarrow as pa
 
     known = sorted({(fact.location, fact.name): fact for fact in facts}.items())
     rows = [{column: getattr(fact, column) for column in _INPUT_COLUMNS} for _, fact in known]
     schema = pa.schema([pa.field(name, pa.type_for_alias(kind), nullable=False) for name, kind in _INPUT_COLUMNS.items()])
-    folder.write(inputs_name(stem), parquet_bytes(pa.Table.from_pylist(rows, schema=schema)))
+    folder.write(inputs_name(stem), parquet_bytes(pa.Table.from_pylist(rows, schema=schema)), synced=False)
 
 
 def read_inputs(folder: Folder, stem: str) -> list[MediaFact] | None:
@@ -141,7 +149,7 @@ def read_inputs(folder: Folder, stem: str) -> list[MediaFact] | None:
     try:
         rows = pq.ParquetFile(pa.BufferReader(folder.read(inputs_name(stem)))).read(use_threads=False).to_pylist()
         return [MediaFact(**row) for row in rows]
-    except (OSError, pa.ArrowException, TypeError):
+    except (OSError, pa.ArrowException, TypeError, ValueError):  # ValueError: text that is no UTF-8
         return None
 
 
@@ -164,12 +172,19 @@ def is_output(name: str) -> bool:
 
 
 def sweep(folder: Folder, receipts: Iterable[Receipt]) -> None:
-    """Remove every output that none of the receipts names: the receipts first, so that nothing half removed counts."""
+    """Remove every output that none of the receipts names: the receipts first, so that nothing half removed counts.
+
+    Not even after a crash of the machine: where receipts go, they are gone for good before their files are written over.
+    """
     kept = set[str]()
     for receipt in receipts:
         kept |= {*receipt.files, receipt_name(receipt.stem), inputs_name(receipt.stem)}
     strays = [name for name in folder.files() if is_output(name) and name not in kept]
-    for name in sorted(strays, key=lambda name: not name.startswith(f"{RECEIPTS_FOLDER}/")):
+    first = [name for name in strays if name.startswith(f"{RECEIPTS_FOLDER}/")]
+    for name in first:
+        folder.remove(name)
+    folder.sync(first)
+    for name in sorted({*strays} - {*first}):
         folder.remove(name)
 
 
@@ -193,6 +208,7 @@ def read_claim(folder: Folder) -> Claim | None:
 def write_claim(folder: Folder, claim: Claim) -> None:
     """Write what a folder is claimed for."""
     folder.write(RECIPE_NAME, _claim_bytes(claim))
+    folder.sync([RECIPE_NAME])
 
 
 def _claim_bytes(claim: Claim) -> bytes:
@@ -251,6 +267,7 @@ def _claim(folder: Folder, identity: dict[str, Any], *, mode: ClaimMode) -> Clai
             folder.write_if(RECIPE_NAME, _claim_bytes(claim), version)
         except Conflict:  # there was no lock, and another build claimed it at this moment: see for what
             return _claim(folder, identity, mode=mode)
+        folder.sync([RECIPE_NAME])
     return claim
 
 

@@ -9,7 +9,7 @@ from omniprep import __version__
 from omniprep.errors import DatasetError
 from omniprep.prepare_partition import Job
 from omniprep.profile import QWEN2_5_OMNI
-from omniprep.receipts import Receipt, files_are_there, sweep
+from omniprep.receipts import Receipt, files_are_there, receipt_name, sweep
 from omniprep.recipe import Recipe
 from omniprep.shards.manifest import MANIFEST_NAME, Manifest, Totals, add_up, manifest_bytes, read_manifest
 from omniprep.storage.folder import Conflict, Folder, open_folder
@@ -36,6 +36,7 @@ def seal(recipe: Recipe, jobs: Sequence[Job], receipts: Sequence[Receipt], *, ve
     check_rate(recipe, receipts, num_rejected=num_rejected, num_rows=num_rows)
     folder = open_folder(recipe.output)
     _check_files(folder, receipts)
+    folder.sync(receipt_name(receipt.stem) for receipt in receipts)
     manifest = _write_manifest(folder, _add_up(recipe, receipts), version=version)
     sweep(folder, receipts)  # last: at no moment does a manifest name what is gone
     return manifest

@@ -143,7 +143,9 @@ def totals_by_modality(rows: Iterable[Mapping[str, Any]]) -> dict[str, Totals]:
 
 def write_manifest(folder: Place, manifest: Manifest) -> None:
     """Seal a dataset: write `manifest.json` with a digest of its own content."""
-    as_folder(folder).write(MANIFEST_NAME, manifest_bytes(manifest))
+    folder = as_folder(folder)
+    folder.write(MANIFEST_NAME, manifest_bytes(manifest))
+    folder.sync([MANIFEST_NAME])
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:

@@ -2,12 +2,14 @@
 
 Everything that OmniPrep writes goes through a `Folder`, so that a local disk and an object store give the same promises:
 
-- a file has its final name only when it is complete and durable;
+- a file has its final name only when it is complete, and its bytes outlast a crash of the machine;
+- its name does so from the next `sync` on: asked for once for all files of a partition, not for each;
 - nothing is decided by listing: a reader asks for the names that a receipt or the manifest states;
 - a file that two builds might both write is committed on condition (`write_if`).
 """
 
 import hashlib
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -33,8 +35,12 @@ class FileWriter(Protocol):
     def write(self, data: bytes) -> object:
         """Append bytes."""
 
-    def publish(self) -> None:
-        """Give the file its final name, complete and durable."""
+    def publish(self, *, synced: bool = True) -> None:
+        """Give the file its final name, complete.
+
+        Without `synced` its bytes may still be on their way to the disk, and a crash of the machine may leave it empty or
+        cut: for what can be made again, and is known to be damaged when it is read.
+        """
 
     def __enter__(self) -> Self: ...
 
@@ -83,11 +89,14 @@ class Folder(Protocol):
     def files(self, under: str = "") -> dict[str, int]:
         """Return the names and sizes of all complete files below `under`, sorted by name. For cleaning and reports only."""
 
-    def write(self, name: str, data: bytes) -> str:
-        """Write a whole file, absent or complete, and return its sha256. Raises `StorageError`."""
+    def write(self, name: str, data: bytes, *, synced: bool = True) -> str:
+        """Write a whole file, absent or complete, and return its sha256; `synced` as in `publish`. Raises `StorageError`."""
 
     def create(self, name: str) -> FileWriter:
         """Start a file that is written piece by piece."""
+
+    def sync(self, names: Iterable[str]) -> None:
+        """Make it outlast a crash of the machine that these files were written or removed: what `publish` leaves open."""
 
     def remove(self, name: str) -> None:
         """Remove a file; one that is not there is no error."""
@@ -96,7 +105,7 @@ class Folder(Protocol):
         """Return what changes when the file's content does (an ETag, a digest), or None if it is absent."""
 
     def write_if(self, name: str, data: bytes, version: str | None) -> None:
-        """Write a file if it is still of `version` (None: still absent). Raises `Conflict`."""
+        """Write a file, with all that `sync` does, if it is still of `version` (None: still absent). Raises `Conflict`."""
 
     def partials(self) -> list[str]:
         """Return the names of half-written files that a killed build left."""

@@ -1,14 +1,18 @@
-"""A folder on a disk (or a shared file system): written under a partial name, synced, then renamed."""
+"""A folder on a disk (or a shared file system): files are written under a partial name, synced, then renamed.
+
+That a name is in its folder is another thing that a disk forgets in a power cut unless that folder is synced. Each sync waits
+for the disk, so this one is left to `LocalFolder.sync`, once for many files.
+"""
 
 import errno
 import fcntl
 import hashlib
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import BinaryIO, Self
 
@@ -65,16 +69,22 @@ class LocalFolder:
         found = (path for path in (self.path / under).rglob("*") if path.suffix != PARTIAL_SUFFIX and path.is_file())
         return dict(sorted((path.relative_to(self.path).as_posix(), path.stat().st_size) for path in found))
 
-    def write(self, name: str, data: bytes) -> str:
+    def write(self, name: str, data: bytes, *, synced: bool = True) -> str:
         """Write a whole file, absent or complete, and return its sha256."""
         with self.create(name) as file:
             file.write(data)
-            file.publish()
+            file.publish(synced=synced)
         return hashlib.sha256(data).hexdigest()
 
     def create(self, name: str) -> FileWriter:
         """Start a file that is written piece by piece."""
         return LocalWriter(self.path / name)
+
+    def sync(self, names: Iterable[str]) -> None:
+        """Sync the folders that these files are in, up to this one."""
+        for folder in sorted({folder for parent in {*map(_parent, names)} for folder in (parent, *parent.parents)}):
+            with _explained(self.path / folder):
+                _sync_folder(self.path / folder)
 
     def remove(self, name: str) -> None:
         """Remove a file; one that is not there is no error."""
@@ -94,6 +104,7 @@ class LocalFolder:
         if self.version(name) != version:
             raise Conflict(f"{self.path / name}: was written by somebody else meanwhile")
         self.write(name, data)
+        self.sync([name])
 
     def partials(self) -> list[str]:
         """Return the names of half-written files."""
@@ -154,14 +165,14 @@ class LocalWriter:
         with _explained(self._path):
             return self._file.write(data)
 
-    def publish(self) -> None:
-        """Sync the file and give it its name, durably."""
+    def publish(self, *, synced: bool = True) -> None:
+        """Sync the file and give it its name."""
         with _explained(self._path):
             self._file.flush()
-            os.fsync(self._file.fileno())
+            if synced:
+                os.fsync(self._file.fileno())
             self._file.close()
             self._partial.replace(self._path)
-            _sync_folder(self._path.parent)
 
     def __enter__(self) -> Self:
         return self
@@ -170,6 +181,10 @@ class LocalWriter:
         with suppress(OSError):  # what is still in the buffer does not fit on a full disk, and nobody wants it
             self._file.close()
         self._partial.unlink(missing_ok=True)
+
+
+def _parent(name: str) -> PurePosixPath:
+    return PurePosixPath(name.rpartition("/")[0])
 
 
 def _sync_folder(folder: Path) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import io
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -133,7 +133,7 @@ class RemoteFolder:
         start = root.rstrip("/") + "/"
         return {path.removeprefix(start): found[path] for path in sorted(found) if path.startswith(start)}
 
-    def write(self, name: str, data: bytes) -> str:
+    def write(self, name: str, data: bytes, *, synced: bool = True) -> str:
         """Write a whole file, absent or complete, and return its sha256."""
         with self.create(name) as file:
             file.write(data)
@@ -143,6 +143,9 @@ class RemoteFolder:
     def create(self, name: str) -> FileWriter:
         """Start a file that is written piece by piece, to a local temporary file, and sent by `publish`."""
         return RemoteWriter(self._url(name), timeout_s=self.timeout_s, attempts=self.attempts)
+
+    def sync(self, names: Iterable[str]) -> None:
+        """Do nothing: what a store has taken, it keeps."""
 
     def remove(self, name: str) -> None:
         """Remove a file; one that is not there is no error."""
@@ -282,7 +285,7 @@ class RemoteWriter:
         with _spooling():
             return self._file.write(data)
 
-    def publish(self) -> None:
+    def publish(self, *, synced: bool = True) -> None:
         """Send the file; it is there, whole, when the store has answered."""
         from omniprep.storage.s3 import PART_BYTES, S3Store
 

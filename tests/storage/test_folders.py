@@ -150,6 +150,15 @@ def test_a_conditional_write_needs_the_version_that_was_seen(folder: Folder) -> 
     assert folder.size("manifest.json") is None
 
 
+def test_the_names_of_files_are_made_durable(folder: Folder) -> None:
+    """What that means on a disk is in `tests/test_power_cut.py`; an object store has nothing to do."""
+    folder.write("quarantine/_blobs/a", b"1")
+    folder.write("b", b"2", synced=False)
+    folder.sync(["quarantine/_blobs/a", "b"])
+    folder.sync([])
+    assert folder.files() == {"b": 1, "quarantine/_blobs/a": 1}
+
+
 def test_a_removed_file_is_gone(folder: Folder) -> None:
     folder.write("a", b"1")
     folder.remove("a")
