@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from omniprep.errors import Reason, RejectSample
 from omniprep.recipe import GuardConfig
@@ -62,6 +62,12 @@ class GuardedRows(Generic[Result]):
         if self._function is None:
             self._function = self._build()
         return map(self._function, tasks)
+
+    def hand_over(self, successor: "GuardedRows[Any]") -> None:
+        """Leave the guarded process, with all that it has imported, to what maps the rows of another recipe."""
+        if self._guard is not None and self._config == successor._config and successor._guard is None:
+            successor._guard, self._guard = self._guard, None
+            successor._guard.rebuild(successor._build)
 
     def close(self) -> None:
         """End the guarded process."""

@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from omniprep import __version__
 from omniprep.config import parse_config
@@ -266,6 +266,10 @@ class WorkerFunction(Generic[Outcome]):
     def __call__(self, job: Job) -> Outcome:
         """Do one partition."""
         return self._function(self._worker, job)
+
+    def hand_over(self, successor: "WorkerFunction[Any]") -> None:
+        """Leave what takes long to start to the function of the next run."""
+        self._worker.hand_over(successor._worker)
 
     def close(self) -> None:
         """End what was started for it."""

@@ -194,6 +194,11 @@ class Worker:
         """Yield what each row will cost, or why it cannot be used, in order."""
         return self._probes.map(rows, source=job.source, source_name=self.source(job).name)
 
+    def hand_over(self, successor: "Worker") -> None:
+        """Leave what takes long to start to a worker with another recipe."""
+        if "_rows" in self.__dict__:
+            self._rows.hand_over(successor._rows)
+
     def close(self) -> None:
         """End the guarded processes."""
         for name in {"_rows", "_probes"} & self.__dict__.keys():
@@ -269,12 +274,12 @@ def retry_partition(worker: Worker, job: Job) -> Receipt:
     )
     # In this order: if only the first is done, the list names media as they were, and `prepare` does the partition again.
     write_receipt(folder, receipt)
+    folder.sync([receipt_name(job.stem)])
     write_inputs(folder, job.stem, facts.values())
     return receipt
 
 
 @dataclass(frozen=True, kw_only=True)
-    folder.sync([receipt_name(job.stem)])
 class _Written:
     num_rows: int
     rows_sha256: str

@@ -35,7 +35,7 @@ from types import TracebackType
 from typing import Any, Generic, Literal, TypeVar
 
 from omniprep.run.frames import Frame, FrameReader, PipeClosed, num_bytes_of, to_frame, write_frames
-from omniprep.run.nursery import FORK, KILL, START, WAIT, Answer
+from omniprep.run.nursery import BUILD, FORK, KILL, START, WAIT, Answer
 from omniprep.run.ray import WORKER_ENVIRONMENT
 
 Item = TypeVar("Item")
@@ -117,6 +117,21 @@ class Guard(Generic[Item, Result]):
             self._busy = False
             if pending:
                 self.close()  # left in the middle: what a child still says belongs to no one
+
+    def rebuild(self, build: Callable[[], Callable[[Item], Result]]) -> None:
+        """Map another function from here on; the nursery keeps what it has imported."""
+        if self._busy:
+            raise RuntimeError("a guard runs one map at a time: finish or close the other first")
+        self._build = build
+        child, self._child = self._child, None
+        try:
+            if child is not None and self._nursery is not None:
+                child.close()
+                self._nursery.end_child(kill=False)
+            if self._nursery is not None:
+                self._nursery.introduce(build, self._limits)
+        except PipeClosed:
+            self.close()  # it was lost since: the next map starts another
 
     def close(self) -> None:
         """End all processes. A later `map` starts them anew."""
@@ -204,10 +219,9 @@ class _Nursery:
     """The process that forks children, seen from the parent."""
 
     def __init__(self, build: Callable[[], Any], limits: GuardLimits) -> None:
-        pickled = pickle.dumps(build)
+        self.introduce(build, limits)
         self._control, theirs = socket.socketpair()
         self._answers = FrameReader(self._control.fileno())
-        self._ready = False
         try:
             with theirs:
                 arguments = [str(theirs.fileno()), str(os.getpid()), *sys.path]
@@ -222,7 +236,11 @@ class _Nursery:
         except BaseException:
             self._control.close()
             raise
-        self._introduction = to_frame((limits.memory_bytes, pickled))
+
+    def introduce(self, build: Callable[[], Any], limits: GuardLimits) -> None:
+        """Say what children are to run from here on. It is built with the first of them; there must be none now."""
+        self._introduction: Frame = [BUILD, *to_frame((limits.memory_bytes, pickle.dumps(build)))]
+        self._ready = False
 
     def start_child(self, limits: GuardLimits) -> "_Child":
         """Fork a child and wait until it is ready. Raises what `build` raised, `PipeClosed` and `_Exceeded`."""

@@ -1,7 +1,7 @@
 """The other side of `guard`: a process that builds the function once and forks a child for every time it is needed.
 
-It is started as a program of its own, by `START`, and runs one thread. The parent asks it over a socket: for a child with
-given pipes, or for the end of the child, which only it can wait for. It ends when the parent does.
+It is started as a program of its own, by `START`, and runs one thread. The parent asks it over a socket: to build a
+function, for a child with given pipes, or for the end of the child, which only it can wait for. It ends when the parent does.
 
 A child reads a whole batch of items before it answers the first, so both sides never write at the same time.
 """
@@ -32,8 +32,9 @@ from omniprep.run.frames import Frame, FrameReader, PipeClosed, to_frame, write_
 START = "import sys; sys.path[:] = sys.argv[3:]; from omniprep.run.nursery import main; main(*map(int, sys.argv[1:3]))"
 """Run with `python -P -c`, and the socket, the parent's process id and the parent's `sys.path` as arguments."""
 
-FORK, WAIT, KILL = b"F", b"W", b"K"
-"""What the parent asks for: a child; the exit code of one that seems to have ended; the end of one."""
+BUILD, FORK, WAIT, KILL = b"B", b"F", b"W", b"K"
+"""What the parent asks for: the function that children run from now on (with the memory that they may add and what builds
+it); a child; the exit code of one that seems to have ended; the end of one."""
 
 _WAIT_S = 2.0
 """How long a child that closed its pipe may take to end: a large one gives back its memory first."""
@@ -56,7 +57,7 @@ class Answer(Enum):
 
 
 def main(socket_fd: int, parent: int) -> None:
-    """Build the function, then fork children for the parent until it closes the socket or ends."""
+    """Build what the parent asks for and fork children for it until it closes the socket or ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     faulthandler.disable()
@@ -66,19 +67,11 @@ def main(socket_fd: int, parent: int) -> None:
     warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
     sys.argv = [""]
     with socket.socket(fileno=socket_fd) as control, suppress(PipeClosed, ConnectionError):
-        memory_bytes, build = FrameReader(socket_fd).read_value()
-        try:
-            function = _build(build)
-        except Exception as error:
-            write_frames(socket_fd, [_raised(error)])
-            return
-        gc.collect()
-        gc.freeze()  # the collector of a child would touch, and so copy, every page
-        write_frames(socket_fd, [to_frame((Answer.READY, None))])
-        _serve(control, function, parent=parent, memory_bytes=memory_bytes)
+        _serve(control, parent=parent)
 
 
 def _build(build: bytes) -> Callable[[Any], Any]:
+    gc.unfreeze()
     try:
         function: Callable[[Any], Any] = pickle.loads(build)()
     except AttributeError as error:
@@ -88,11 +81,14 @@ def _build(build: bytes) -> Callable[[Any], Any]:
     if threading.active_count() > 1:
         names = ", ".join(thread.name for thread in threading.enumerate())
         raise RuntimeError(f"building a guarded function started threads ({names}), which a forked child would lack")
+    gc.collect()
+    gc.freeze()  # the collector of a child would touch, and so copy, every page
     return function
 
 
-def _serve(control: socket.socket, function: Callable[[Any], Any], *, parent: int, memory_bytes: int) -> None:
-    child = 0
+def _serve(control: socket.socket, *, parent: int) -> None:
+    function: Callable[[Any], Any] | None = None
+    memory_bytes = child = 0
     poll = select.poll()
     poll.register(control, select.POLLIN)
     try:
@@ -103,12 +99,22 @@ def _serve(control: socket.socket, function: Callable[[Any], Any], *, parent: in
             command, fds, _, _ = socket.recv_fds(control, 1, 2)
             if not command:
                 return
-            if command == FORK:
+            if command == BUILD:
+                function = None  # two at once would take the memory of both
+                memory_bytes, build = FrameReader(control.fileno()).read_value()
+                try:
+                    function = _build(build)
+                    answer = to_frame((Answer.READY, None))
+                except Exception as error:
+                    answer = _raised(error)
+            elif command == FORK:
+                assert function is not None
                 child = _fork(control, function, fds, memory_bytes=memory_bytes)
-                answer = child
+                answer = to_frame(child)
             else:
-                answer, child = _end(child, grace_s=_WAIT_S if command == WAIT else 0.0), 0
-            write_frames(control.fileno(), [to_frame(answer)])
+                code, child = _end(child, grace_s=_WAIT_S if command == WAIT else 0.0), 0
+                answer = to_frame(code)
+            write_frames(control.fileno(), [answer])
     finally:
         if child:
             _end(child, grace_s=0.0)

@@ -36,10 +36,11 @@ def call(
         )
     work = _FUNCTIONS.get(cache_key)
     if work is None:
-        for earlier in _FUNCTIONS.values():  # an encoder is large and an earlier run's is not needed again
-            getattr(earlier, "close", lambda: None)()
-        _FUNCTIONS.clear()
+        earlier = _FUNCTIONS.popitem()[1] if _FUNCTIONS else None  # it is large and not needed again
         work = _FUNCTIONS[cache_key] = build()
+        if type(earlier) is type(work) and hasattr(earlier, "hand_over"):
+            earlier.hand_over(work)
+        getattr(earlier, "close", lambda: None)()
     report = Reporter(collector, name)
     start_s = time.monotonic()
     with metrics.collecting(report) as counted:

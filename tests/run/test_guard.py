@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from omniprep.errors import ConfigError, Reason, RejectSample
 from omniprep.run import guard as guard_module
+from omniprep.run import ray_cluster
 from omniprep.run.guard import Fault, Guard, GuardLimits
 from tests.run.guard_builders import (
     array_in,
@@ -30,6 +31,7 @@ from tests.run.guard_builders import (
     build_work,
     is_running,
 )
+from tests.run.kept_guard import KeptGuard
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="looks at processes through Linux's /proc")
@@ -251,6 +253,44 @@ def test_the_function_is_built_once_whatever_happens_to_children(tmp_path: Path)
         assert len(list(guard.map([1, ("abort",), 2, ("abort",), ("abort",)]))) == 5
         assert list(guard.map([3])) == [3]
     assert (tmp_path / "built").read_text() == "x"
+
+
+def test_another_function_is_built_in_the_same_process(tmp_path: Path, guard: Guard) -> None:
+    before = next(iter(guard.map([("limits",)])))
+    guard.rebuild(partial(build_in, tmp_path))
+    after, fault, last = guard.map([("limits",), ("abort",), 3])
+    assert (tmp_path / "built").read_text() == "x"
+    assert after["nursery"] == before["nursery"]
+    assert after["pid"] != before["pid"]
+    assert (fault.kind, last) == ("crash", 3)
+    assert not is_running(before["pid"])
+
+
+@pytest.mark.parametrize("used", [False, True], ids=["before its first item", "after its process was lost"])
+def test_a_guard_that_has_no_process_can_be_rebuilt(tmp_path: Path, guard: Guard, used: bool) -> None:
+    if used:
+        limits = next(iter(guard.map([("limits",)])))
+        os.kill(limits["nursery"], signal.SIGKILL)
+        assert wait_until(lambda: not is_running(limits["nursery"]))
+    guard.rebuild(partial(build_in, tmp_path))
+    assert list(guard.map([1])) == [1]
+    assert (tmp_path / "built").read_text() == "x"
+
+
+def test_a_guard_survives_a_builder_that_fails(guard: Guard) -> None:
+    guard.rebuild(build_missing_tokenizer)
+    with pytest.raises(ConfigError, match="tokenizer: no such file"):
+        list(guard.map([1]))
+    guard.rebuild(build_work)
+    assert list(guard.map([1])) == [1]
+
+
+def test_a_guard_is_not_rebuilt_in_the_middle_of_a_map(guard: Guard) -> None:
+    outcomes = guard.map([1, 2])
+    assert next(outcomes) == 1
+    with pytest.raises(RuntimeError, match="one map at a time"):
+        guard.rebuild(build_nothing)
+    assert list(outcomes) == [2]
 
 
 def test_an_item_that_fails_alone_is_tried_twice_and_a_hang_once(tmp_path: Path, hasty: Guard) -> None:
@@ -477,6 +517,19 @@ def test_a_ray_worker_can_guard() -> None:
         0: [1, Fault(kind="crash", detail="killed by signal 11 (SIGSEGV)"), 2],
         1: [Fault(kind="timeout", detail="no result within 1 s"), 3],
     }
+
+
+@pytest.mark.ray
+def test_a_ray_worker_keeps_the_guarded_process_for_the_next_run() -> None:
+    from omniprep.run import ray
+
+    options = ray.RayOptions(num_workers=1)
+    with ray_cluster.session(options):
+        first, second = (
+            dict(ray.map_partitions(partial(KeptGuard, name), [1, 2], options, cache_key=name)) for name in ("first", "second")
+        )
+    assert [name for name, _ in (*first.values(), *second.values())] == ["first", "first", "second", "second"]
+    assert len({nursery for _, nursery in (*first.values(), *second.values())}) == 1
 
 
 def test_what_it_costs() -> None:
