@@ -1,5 +1,6 @@
 """Shards: reproducible, atomic, and readable by everyone."""
 
+import hashlib
 import io
 import tarfile
 from pathlib import Path
@@ -11,10 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from omniprep.errors import DatasetError
-from omniprep.shards.index import COLUMNS, read_index
+from omniprep.shards.index import COLUMNS, describe_sample, read_index
 from omniprep.shards.members import MemberFormat, from_members, to_members
 from omniprep.shards.reader import ShardReader
-from omniprep.shards.writer import PartitionWriter, ShardWriter, check_storable, record_key, safe_name, tar_header, to_record
+from omniprep.shards.writer import (
+    PartitionWriter,
+    ShardRecord,
+    ShardWriter,
+    check_storable,
+    record_key,
+    safe_name,
+    tar_header,
+    to_record,
+)
 from omniprep.storage.folder import open_folder
 from tests.shards.builders import assert_equal, media_sample, preference_sample, text_sample
 
@@ -38,6 +48,30 @@ def test_tar_header_is_tarfiles(name: str, size: int) -> None:
     info = tarfile.TarInfo(name)
     info.size = size
     assert tar_header(name, size) == info.tobuf(tarfile.USTAR_FORMAT)
+
+
+def test_a_shard_is_the_tar_of_its_members_however_large_they_are(tmp_path: Path) -> None:
+    """Pieces are gathered before they are written; large ones are not."""
+    sizes = [0, 1, 512, 513, 100_000, 300_000, 7, 700_000, 3, 0, 1_500_000, 511, 200_000]
+    records = [{"a": bytes([k]) * size, "b.npy": b"b" * (size % 1000)} for k, size in enumerate(sizes)]
+    facts = describe_sample(text_sample("s"))
+    place = {"source": "s", "split": "train", "partition": 0, "form": MemberFormat()}
+    writer = ShardWriter(open_folder(str(tmp_path)), "train-s-00000", **place)
+    expected = io.BytesIO()
+    with tarfile.open(fileobj=expected, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for k, members in enumerate(records):
+            key = f"s-{k:08d}"
+            told = {**facts, "key": key, "member_sizes": [len(data) for data in members.values()], "content_sha256": ""}
+            writer.add(ShardRecord(key=key, split="train", members=members, facts=told))
+            for name, data in members.items():
+                info = tarfile.TarInfo(f"{key}.{name}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        num_bytes = tar.offset + 2 * 512
+    info = writer.close()
+    written = (tmp_path / info.name).read_bytes()
+    assert written == expected.getvalue()[:num_bytes]  # tarfile fills up to its block of 10,240 bytes
+    assert (info.num_bytes, info.sha256) == (len(written), hashlib.sha256(written).hexdigest())
 
 
 def test_same_records_give_the_same_bytes(tmp_path: Path) -> None:
