@@ -9,14 +9,14 @@ one plan. Its name is its whole key, so nothing in the folder is ever out of dat
 only take space, and the folder may be deleted at any time, even while a build runs.
 
 An entry is plain numbers and bytes (no pickle: a folder may be shared, and reading it must not run code) and ends with a
-digest. A damaged or foreign one is a miss. Rejections are not kept.
+checksum. A damaged or foreign one is a miss. Rejections are not kept.
 """
 
 import hashlib
 import importlib.metadata
 import json
-import uuid
 import warnings
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -30,13 +30,12 @@ from omniprep.media.ready_frames import ReadyFrames
 from omniprep.media.video_probe import VideoInfo
 from omniprep.shards.members import MelDtype
 from omniprep.storage.folder import Folder
-from omniprep.storage.local import PARTIAL_SUFFIX, LocalFolder
 from omniprep.types import EncodedAudio, MediaFile
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 """Of the entries' own form; to be raised as well by a change between two releases of what any decoding step gives."""
 _MAGIC = b"omniprep medium\n"
-_DIGEST_BYTES = 32
+_CHECKSUM_BYTES = 4
 _MAX_FAILED_READS = 3
 """A folder that cannot be read so often is not asked again: an object store that is away would cost a time-out an item."""
 
@@ -107,7 +106,10 @@ class MediaCache:
 
     def _write(self, key: str, packed: Packed) -> None:
         try:
-            _write_unsynced(self.folder, _name(key), _make_entry(key, packed))
+            with self.folder.create(_name(key)) as file:
+                for part in _make_entry(key, packed):
+                    file.write(part)
+                file.publish(synced=False)  # what a power cut takes is a miss
         except (OmniPrepError, OSError) as error:
             self._is_writable = False  # at once: a disk that is full must not lose its last bytes to a cache
             self._warn(error)
@@ -155,24 +157,24 @@ def library_versions(*names: str) -> dict[str, str]:
     return found
 
 
-# The file of an entry: magic, size of the header, header (JSON), payloads, digest of all that ----------------------------
+# The file of an entry: magic, size of the header, header (JSON), payloads, CRC-32 of all that ----------------------------
 
 
 def _make_entry(key: str, packed: Packed) -> list[bytes | memoryview]:
     values, payloads = packed
     header = json.dumps({"key": key, "values": values, "sizes": [len(payload) for payload in payloads]}).encode()
     parts = [_MAGIC, len(header).to_bytes(4, "little"), header, *payloads]
-    digest = hashlib.sha256()
+    checksum = 0
     for part in parts:
-        digest.update(part)
-    return [*parts, digest.digest()]
+        checksum = zlib.crc32(part, checksum)  # against damage, not malice, and at three times the speed of SHA-256
+    return [*parts, checksum.to_bytes(_CHECKSUM_BYTES, "little")]
 
 
 def _open_entry(key: str, data: bytes) -> tuple[dict[str, Any], list[memoryview]]:
     """Return an entry's values and payloads. Raises `ValueError` if it is not the whole entry of that key."""
     view = memoryview(data)
-    body, digest = view[:-_DIGEST_BYTES], view[-_DIGEST_BYTES:]
-    if view[: len(_MAGIC)] != _MAGIC or hashlib.sha256(body).digest() != digest:
+    body, checksum = view[:-_CHECKSUM_BYTES], view[-_CHECKSUM_BYTES:]
+    if view[: len(_MAGIC)] != _MAGIC or zlib.crc32(body) != int.from_bytes(checksum, "little"):
         raise ValueError("not a whole entry")
     position = len(_MAGIC) + 4
     stop = position + int.from_bytes(view[len(_MAGIC) : position], "little")
@@ -184,23 +186,6 @@ def _open_entry(key: str, data: bytes) -> tuple[dict[str, Any], list[memoryview]
     if header["key"] != key or stop != len(body):
         raise ValueError("another entry")
     return header["values"], payloads
-
-
-def _write_unsynced(folder: Folder, name: str, parts: Sequence[bytes | memoryview]) -> None:
-    """Write a file, absent or whole. On a disk without the sync of `Folder.write`: what a power cut takes is a miss."""
-    if not isinstance(folder, LocalFolder):
-        folder.write(name, b"".join(parts))
-        return
-    path = folder.path / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A random name: several workers may write one entry, each its own file, and the last rename wins with equal content.
-    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}{PARTIAL_SUFFIX}")
-    try:
-        with unfinished.open("wb") as file:
-            file.writelines(parts)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 # What is kept --------------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ class Conflict(OmniPrepError):
 class FileWriter(Protocol):
     """A file being written. As a context manager it leaves nothing behind unless `publish` was called."""
 
-    def write(self, data: bytes) -> object:
+    def write(self, data: bytes | memoryview) -> object:
         """Append bytes."""
 
     def publish(self, *, synced: bool = True) -> None:

@@ -160,7 +160,7 @@ class LocalWriter:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._partial.open("wb", buffering=_BUFFER_BYTES)
 
-    def write(self, data: bytes) -> object:
+    def write(self, data: bytes | memoryview) -> object:
         """Append bytes."""
         with _explained(self._path):
             return self._file.write(data)

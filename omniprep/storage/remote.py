@@ -280,7 +280,7 @@ class RemoteWriter:
         with _spooling():
             self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __exit__
 
-    def write(self, data: bytes) -> object:
+    def write(self, data: bytes | memoryview) -> object:
         """Append bytes."""
         with _spooling():
             return self._file.write(data)
