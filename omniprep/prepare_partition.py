@@ -11,20 +11,19 @@ receipt is written last, so a partition is finished or it is not.
 
 import hashlib
 import importlib
-import importlib.metadata
 import json
 import time
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
 from omniprep import __version__
 from omniprep.encode.estimate import Estimate
-from omniprep.encode.media_cache import MediaCache
+from omniprep.encode.media_cache import MediaCache, library_versions
 from omniprep.encode.thinker import ThinkerEncoder
 from omniprep.errors import ConfigError, Reason, RejectSample
 from omniprep.guarded_rows import GuardedRows, RowTask
@@ -219,7 +218,7 @@ def prepare_partition(worker: Worker, job: Job) -> Receipt:
         media_sha256=media_sha256(written.media),
         recipe_sha256=worker.digests[job.source],
         omniprep=__version__,
-        libraries=library_versions(),
+        libraries=library_versions(*LIBRARIES),
         tokenizer_sha256=VOCABULARY_SHA256,
         num_rows=written.num_rows,
         rejects=count_reasons(rejected),
@@ -420,15 +419,3 @@ def check_supervised(sample: EncodedSample) -> None:
                 f"{name}: none of {layout.num_tokens} tokens is supervised; add an assistant message, set `loss: true` on a "
                 "message or part, or set `require_supervised: false` in the recipe",
             )
-
-
-@cache
-def library_versions() -> dict[str, str]:
-    """Return the versions of the libraries that may show in the bytes."""
-    found: dict[str, str] = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -147,7 +147,7 @@ def _is_as_found(file: MediaFile) -> bool:
 
 @cache
 def library_versions(*names: str) -> dict[str, str]:
-    """Return the versions of libraries, for a key; of those that are installed."""
+    """Return the versions of libraries, of those that are installed."""
     found: dict[str, str] = {}
     for name in names:
         try:
