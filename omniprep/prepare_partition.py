@@ -106,7 +106,7 @@ class RowEncoder:
         located = recipe.located()
         cache = recipe.run.media_cache
         self._recipe, self._profile, self._sources = recipe, profile, located.sources
-        self._store = MediaStore(located.media)
+        self._store = MediaStore(located.media, folder=recipe.folder)
         self._has_cache = cache is not None
         media_cache = None if cache is None else MediaCache(open_folder(cache), mel_dtype=recipe.shards.mel_dtype)
         self._encoder = ThinkerEncoder(located.encode, profile, cache=media_cache)

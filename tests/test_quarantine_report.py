@@ -44,7 +44,7 @@ def test_counts_and_details_are_summed_up(dataset: Path) -> None:
     assert report.by_source == {"chat": NUM_MISSING + NUM_ODD, "inside": 1}
     assert [group.count for group in report.groups] == [NUM_MISSING, NUM_ODD, 1]
     largest = report.groups[0]
-    assert largest.pattern == "messages.N.content.N: FILE: no such file (looked in FILE)"
+    assert largest.pattern == "messages.N.content.N: FILE: no such file (looked in data)"
     assert (largest.key, largest.place) == ("chat-00000000", "chat.jsonl:1")
 
 

@@ -62,11 +62,17 @@ class MediaConfig(Config):
 
 
 class MediaStore:
-    """Resolves what records name. Holds settings only; safe to pickle and to share between threads."""
+    """Resolves what records name. Holds settings only; safe to pickle and to share between threads.
 
-    def __init__(self, config: MediaConfig, roots: Iterable[str] = ()) -> None:
+    `folder` is where the recipe's relative paths start. What is told of a rejected record is part of the dataset, so paths
+    below it are told as the recipe writes them: the same wherever the recipe and its inputs lie.
+    """
+
+    def __init__(self, config: MediaConfig, roots: Iterable[str] = (), *, folder: str = "") -> None:
         given = (*config.roots, *roots)
         self._config = config
+        self._folders = (folder, _real(folder)) if folder else ()
+        self._shown_roots = tuple(self._shown(root) for root in given if not is_url(root))
         self._roots = tuple(_real(root) for root in given if not is_url(root))
         self._url_rules = (*config.allow_urls, *(root for root in given if is_url(root)))
 
@@ -101,15 +107,18 @@ class MediaStore:
         if len(path) > _MAX_PATH_CHARACTERS:
             raise RejectSample(Reason.MEDIA_UNREADABLE, f"{name:.100}...: a path of {len(path)} characters")
         roots = self._roots if is_url(base) else (_real(base), *self._roots)
-        joined = os.path.join(base, os.path.expanduser(path) if path.startswith("~/") else path)  # noqa: PTH111, PTH118
+        expanded = os.path.expanduser(path) if path.startswith("~/") else path  # noqa: PTH111
         try:
-            real = os.path.realpath(joined)
+            real = os.path.realpath(os.path.join(base, expanded))  # noqa: PTH118
             if not any(real == root or real.startswith(root.rstrip("/") + "/") for root in roots):
                 if _SCHEME.match(path) and not path.startswith("/"):
                     raise RejectSample(Reason.MEDIA_FORBIDDEN, f"{name:.200}: not a path below the media roots or an allowed URL")
+                is_link = os.path.normpath(os.path.join(_real(base), expanded)) != real  # noqa: PTH118
+                where = f"leads to {self._shown(real)}," if is_link else "lies"
+                shown = (*(() if is_url(base) else (self._shown(base),)), *self._shown_roots)
                 raise RejectSample(
                     Reason.MEDIA_FORBIDDEN,
-                    f"{name:.200}: {_where(joined, real)} outside the media roots ({', '.join(roots)}); "
+                    f"{name:.200}: {where} outside the media roots ({', '.join(shown)}); "
                     "add its folder to `media.roots` if it may be read",
                 )
             status = _status_of_judged(real, name)
@@ -118,14 +127,20 @@ class MediaStore:
                 raise RejectSample(
                     Reason.MEDIA_FORBIDDEN, f"{name:.200}: no such file, and `{scheme.group(1)}:` is not a scheme for media"
                 ) from None
-            raise RejectSample(Reason.MEDIA_MISSING, f"{name:.200}: no such file (looked in {base})") from None
+            raise RejectSample(Reason.MEDIA_MISSING, f"{name:.200}: no such file (looked in {self._shown(base)})") from None
         except PermissionError:
             raise RejectSample(Reason.MEDIA_UNREADABLE, f"{name:.200}: no permission to read it") from None
-        except (OSError, ValueError) as error:
-            raise RejectSample(Reason.MEDIA_UNREADABLE, f"{name:.200}: {one_line(error):.200}") from None
+        except (OSError, ValueError) as error:  # an `OSError` as text names the whole path
+            told = (error.strerror if isinstance(error, OSError) else None) or one_line(error)
+            raise RejectSample(Reason.MEDIA_UNREADABLE, f"{name:.200}: {told:.200}") from None
         if status.st_size == 0:
             raise RejectSample(Reason.MEDIA_EMPTY, f"{name:.200}: the file has 0 bytes")
         return MediaFile(name=name, path=Path(real), stamp=str(status.st_mtime_ns))
+
+    def _shown(self, path: str) -> str:
+        """Return a path as the recipe writes it."""
+        below = next((path[len(folder) :] for folder in self._folders if f"{path}/".startswith(f"{folder}/")), None)
+        return path if below is None else below.lstrip("/") or "."
 
     def _remote(self, url: str, *, name: str, base: str) -> MediaFile:
         rules = _rules(self._url_rules, base if is_url(base) else None)
@@ -218,10 +233,11 @@ def _path_of_file_url(url: str) -> str:
     return unquote(parts.path)
 
 
-def _where(joined: str, real: str) -> str:
-    return "lies" if os.path.normpath(joined) == real else f"leads to {real},"
-
-
 def _kind_of(mode: int) -> str:
-    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+    kinds = {
+        stat.S_IFDIR: "a folder",
+        stat.S_IFIFO: "a named pipe",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFLNK: "a link that leads back to itself",
+    }
     return kinds.get(stat.S_IFMT(mode), "a device")

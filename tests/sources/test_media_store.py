@@ -111,6 +111,40 @@ def test_everything_else_is_refused_with_its_reason(root: Path, ref: str, expect
     assert reason(ref.format(root=root), root) is expected
 
 
+@pytest.mark.parametrize(
+    ("ref", "media_root", "told"),
+    [
+        ("none.png", "data", "none.png: no such file (looked in data)"),
+        ("none.png", "data/../data", "none.png: no such file (looked in data/../data)"),
+        ("none.png", "", "none.png: no such file (looked in .)"),
+        (
+            "../x.png",
+            "data",
+            "../x.png: lies outside the media roots (data, more, {other}); add its folder to `media.roots` if it",
+        ),
+        ("out.png", "data", "out.png: leads to secret.png, outside the media roots (data, more, {other}); add its folder"),
+        ("out", "data", "out: leads to ., outside the media roots (data, more, {other}); add its folder"),
+        ("abroad.png", "data", "abroad.png: leads to {other}-x.png, outside the media roots (data, more, {other}); add"),
+        ("a.png/x", "data", "a.png/x: Not a directory"),
+        ("loop.png", "data", "loop.png: expected a file, got a link that leads back to itself"),
+    ],
+)
+@pytest.mark.parametrize("is_link", [False, True], ids=["plain", "behind a link"])
+def test_paths_are_told_as_the_recipe_writes_them(
+    root: Path, tmp_path_factory: pytest.TempPathFactory, ref: str, media_root: str, told: str, is_link: bool
+) -> None:
+    other = tmp_path_factory.mktemp("other")
+    (root / "abroad.png").symlink_to(f"{other}-x.png")
+    top = root.parent
+    if is_link:
+        top = other / "alias"
+        top.symlink_to(root.parent)
+    store = MediaStore(MediaConfig(roots=(f"{top}/more", str(other))), folder=str(top))
+    with pytest.raises(RejectSample) as caught:
+        store.resolve(ref, base=f"{top}/{media_root}".rstrip("/"))
+    assert caught.value.detail.startswith(told.format(other=other))
+
+
 def test_pipes_and_sockets_are_refused_unopened(root: Path) -> None:
     os.mkfifo(root / "pipe.wav")  # opening it would wait for a writer for ever
     assert reason("pipe.wav", root) is Reason.MEDIA_UNREADABLE
