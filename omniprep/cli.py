@@ -1,26 +1,21 @@
 """The command line. Exit codes: 0 all is well, 1 something was found, 2 wrong use, 130 interrupted, 143 terminated."""
 
-import json
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
 import typer
-from rich.console import Console
 
 from omniprep import __version__
 from omniprep.errors import ConfigError, OmniPrepError
+from omniprep.terminal import Shower, describe_manifest, say, show, show_json, show_plan, show_result, show_rich
 
 if TYPE_CHECKING:
-    from omniprep.plan import Plan
-    from omniprep.prepare_partition import Job
     from omniprep.receipts import ClaimMode
-    from omniprep.run.progress import Progress, Scan
-    from omniprep.shards.manifest import Manifest
 
 EXIT_FINDINGS, EXIT_BAD_USE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
 
@@ -55,25 +50,16 @@ def plain_errors() -> Iterator[None]:
     try:
         yield
     except OmniPrepError as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         raise typer.Exit(EXIT_BAD_USE if isinstance(error, ConfigError) else EXIT_FINDINGS) from None
     except BrokenPipeError:  # the reader of a pipe, `| head`, has enough
         sys.stderr.close()
         raise typer.Exit(0) from None
 
 
-def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
-
-
-def _print(text: str) -> None:
-    sys.stdout.write(text + "\n")
-
-
 def _version(wanted: bool) -> None:
     if wanted:
-        _print(f"omniprep {__version__}")
+        show(f"omniprep {__version__}")
         raise typer.Exit
 
 
@@ -124,11 +110,11 @@ def prepare(
         loaded = load_recipe(recipe, limit=limit, output=out, **run)
         with ExitStack() as stack, _kept_on_interrupt(loaded.output, stack):
             mode: ClaimMode = "overwrite" if overwrite else "update" if update else "continue"
-            manifest = build(loaded, mode=mode, show=_Shower("prepare", stack))
-        _print(manifest.model_dump_json() if as_json else _describe_manifest(manifest, loaded.output))
+            manifest = build(loaded, mode=mode, show=Shower("prepare", stack))
+        show_result(manifest, describe_manifest(manifest, loaded.output), as_json=as_json)
         if not manifest.totals.num_records:
             why = f"all {manifest.num_rows} were rejected" if manifest.num_rows else "the sources hold no rows"
-            _say(f"error: no record was stored: {why}")
+            say(f"error: no record was stored: {why}")
             raise typer.Exit(EXIT_FINDINGS)
 
 
@@ -148,7 +134,7 @@ def _kept_on_interrupt(output: str, stack: ExitStack) -> Iterator[None]:
     except KeyboardInterrupt as interrupt:
         stack.close()
         what, code = ("terminated", EXIT_TERMINATED) if isinstance(interrupt, _Terminated) else ("interrupted", EXIT_INTERRUPTED)
-        _say(f"{what}; finished partitions are kept in {output}. The same command goes on from here.")
+        say(f"{what}; finished partitions are kept in {output}. The same command goes on from here.")
         raise typer.Exit(code) from None
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -190,13 +176,10 @@ def retry(
         run: dict[str, object] = {"workers": workers, "executor": executor, "address": address}
         guard = {name: value for name, value in limits.items() if value is not None}
         with ExitStack() as stack, _kept_on_interrupt(dataset, stack):
-            manifest = try_again(dataset, run={**run, "guard": guard or None}, inputs=inputs, show=_Shower("retry", stack))
+            manifest = try_again(dataset, run={**run, "guard": guard or None}, inputs=inputs, show=Shower("retry", stack))
         num_left = sum(manifest.rejects.values())
-        if as_json:
-            _print(manifest.model_dump_json())
-        else:
-            _print(f"{num_before - num_left:,} of {num_before:,} rejected records are in the shards now")
-            _print(_describe_manifest(manifest, dataset))
+        told = f"{num_before - num_left:,} of {num_before:,} rejected records are in the shards now"
+        show_result(manifest, f"{told}\n{describe_manifest(manifest, dataset)}", as_json=as_json)
         if num_left:
             raise typer.Exit(EXIT_FINDINGS)
 
@@ -222,15 +205,15 @@ def plan(
         loaded = load_recipe(recipe, limit=limit, workers=workers, executor=executor, address=address)
         with ExitStack() as stack:
             try:
-                found = plan_recipe(loaded, show=_Shower("plan", stack))
+                found = plan_recipe(loaded, show=Shower("plan", stack))
             except KeyboardInterrupt:
                 stack.close()
-                _say("interrupted; nothing was written")
+                say("interrupted; nothing was written")
                 raise typer.Exit(EXIT_INTERRUPTED) from None
         if as_json:
-            _print(found.model_dump_json())
+            show_json(found.model_dump(mode="json"))
         else:
-            _show_plan(found)
+            show_plan(found)
 
 
 @app.command()
@@ -272,14 +255,14 @@ def verify(
         manifest = read_manifest(dataset)
         if as_json:
             values = {"num_records": manifest.totals.num_records, "parity": parity}
-            _print(json.dumps({**values, "findings": [asdict(found) for found in findings]}))
+            show_json({**values, "findings": [asdict(found) for found in findings]})
         else:
             for finding in findings:
-                _print(str(finding))
+                show(str(finding))
             records = f"{manifest.totals.num_records:,} records in {len(manifest.shards)} shards"
-            _print(f"{records}: {len(findings)} findings" if findings else f"{records}: all is as it must be")
+            show(f"{records}: {len(findings)} findings" if findings else f"{records}: all is as it must be")
             if parity:
-                _print(parity)
+                show(parity)
         if findings:
             raise typer.Exit(EXIT_FINDINGS)
 
@@ -306,11 +289,11 @@ def diff(
 
         if key is not None:
             record = compare.diff_record(a, b, key)
-            _print(record.model_dump_json() if as_json else compare.describe_record(record))
+            show_result(record, compare.describe_record(record), as_json=as_json)
             equal = record.equal
         else:
             found = compare.diff(a, b, match=match, limit=limit)
-            _print(found.model_dump_json() if as_json else compare.describe(found))
+            show_result(found, compare.describe(found), as_json=as_json)
             equal = found.equal
         if not equal:
             raise typer.Exit(EXIT_FINDINGS)
@@ -335,7 +318,7 @@ def inspect(
         if rejected:
             from omniprep.quarantine_report import describe, summarize
 
-            _print(describe(summarize(dataset)))
+            show(describe(summarize(dataset)))
             return
         from itertools import islice
 
@@ -345,16 +328,15 @@ def inspect(
         from omniprep.shards.reader import find_sample, index_rows
         from omniprep.tokens.vocab import load_tokenizer
 
-        console = Console(markup=False)  # ids and file names may hold brackets
         manifest = read_manifest(dataset)
         if key is None:
-            console.print(dataset_summary(dataset, manifest, list(islice(index_rows(dataset), 20))))
+            show_rich(dataset_summary(dataset, manifest, list(islice(index_rows(dataset), 20))))
         else:
             found = find_rejection(dataset, manifest, key)
             if found is not None:
-                console.print(rejection_view(found))
+                show_rich(rejection_view(found))
             else:
-                console.print(sample_view(find_sample(dataset, key), load_tokenizer(EncodeConfig().tokenizer)))
+                show_rich(sample_view(find_sample(dataset, key), load_tokenizer(EncodeConfig().tokenizer)))
 
 
 @app.command()
@@ -417,11 +399,11 @@ def encode(
         for row in rows:
             num_rejected += row.error is not None
             if as_json:
-                _print(encode_files.as_json(row))
+                show_json(encode_files.as_values(row))
             elif row.error is not None:
-                _say(f"{row.place}: {row.error}")
+                say(f"{row.place}: {row.error}")
             else:
-                _print(f"{', '.join(str(path) for path in row.files)}: {row.num_tokens} tokens")
+                show(f"{', '.join(str(path) for path in row.files)}: {row.num_tokens} tokens")
         if num_rejected:
             raise typer.Exit(EXIT_FINDINGS)
 
@@ -440,88 +422,12 @@ def schema(
 
         if out is not None:
             for path in write_schemas(out):
-                _print(str(path))
+                show(str(path))
             return
         known = schemas()
         if name is None:
-            _print("\n".join(known))
+            show("\n".join(known))
         elif name in known:
-            _print(dump_schema(known[name]).rstrip())
+            show(dump_schema(known[name]).rstrip())
         else:
             raise ConfigError(f"no schema {name!r}; there are {', '.join(known)}")
-
-
-class _Shower:
-    """Starts the progress display once the number of partitions is known; the stack ends it."""
-
-    def __init__(self, title: str, stack: ExitStack) -> None:
-        self._title, self._stack = title, stack
-
-    def __call__(self, todo: "Sequence[Job]", num_all: int) -> "Progress":
-        from omniprep.run.progress import show_progress
-
-        if len(todo) < num_all:
-            _say(f"{self._title}: {num_all - len(todo)} of {num_all} partitions are finished already")
-        num_rows = sum(job.partition.num_rows for job in todo)
-        display: AbstractContextManager[Progress] = show_progress(self._title, num_partitions=len(todo), num_rows=num_rows)
-        return self._stack.enter_context(display)
-
-    def scanning(self) -> "AbstractContextManager[Scan]":
-        from omniprep.run.progress import show_scan
-
-        return show_scan("scanning sources")
-
-
-def _describe_manifest(manifest: "Manifest", output: str) -> str:
-    from omniprep.run.progress import in_bytes
-
-    totals = manifest.totals
-    num_bytes = sum(shard.num_bytes for shard in manifest.shards)
-    lines = [
-        f"{output}: {totals.num_records:,} records in {len(manifest.shards)} shards, {in_bytes(num_bytes)}; "
-        f"{totals.num_tokens:,} tokens, {totals.num_supervised:,} supervised; "
-        f"{totals.audio_s / 3600:.2f} h of audio, {totals.video_s / 3600:.2f} h of video",
-    ]
-    if manifest.by_split:
-        lines.append("splits: " + ", ".join(f"{name} {part.num_records:,}" for name, part in manifest.by_split.items()))
-    if manifest.rejects:
-        reasons = ", ".join(f"{name} {count:,}" for name, count in sorted(manifest.rejects.items()))
-        told = f"rejected: {manifest.num_rows - totals.num_records:,} ({reasons}), whole in {output}/quarantine"
-        lines.append(f"{told}; see `omniprep inspect {output} --rejected`")
-    return "\n".join(lines)
-
-
-def _show_plan(found: "Plan") -> None:
-    from rich.table import Table
-
-    from omniprep.run.progress import in_bytes
-
-    console = Console(markup=False)
-    table = Table(title=f"{found.num_partitions} partitions")
-    for column in ("source", "rows", "rejected", "tokens", "audio h", "video h", "stored", "over length"):
-        table.add_column(column, justify="left" if column == "source" else "right")
-    for part in [*found.by_source.values(), *([found.totals] if len(found.by_source) > 1 else [])]:
-        table.add_row(
-            part.source,
-            f"{part.num_rows:,}",
-            f"{sum(part.rejects.values()):,}",
-            f"{part.num_tokens:,}",
-            f"{part.audio_s / 3600:.2f}",
-            f"{part.video_s / 3600:.2f}",
-            in_bytes(part.stored_bytes),
-            f"{part.num_over_length:,}",
-        )
-    console.print(table)
-    most = max(1, *found.totals.lengths)
-    bounds = ["0", *map(str, found.length_edges)]
-    for low, count in zip(bounds, found.totals.lengths, strict=True):
-        if count:
-            console.print(f"{int(low):>7,}+ tokens {count:>9,} {'█' * max(1, round(40 * count / most))}")
-    for reason, count in found.totals.rejects.items():
-        console.print(f"rejected: {count:,} {reason}")
-    console.print(f"longest: {found.totals.longest.value:,} tokens, {found.totals.longest.place}", highlight=False)
-    heaviest = found.totals.heaviest
-    console.print(
-        f"memory: a worker holds up to about {in_bytes(heaviest.value)} for one record, {heaviest.place}", highlight=False
-    )
-    console.print(f"run.rows_per_partition: {found.suggested_rows_per_partition} would make shards of about 256 MiB")

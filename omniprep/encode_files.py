@@ -1,6 +1,5 @@
 """`omniprep encode`: the rows of a file to `.npz` files with the model's own argument names, for a look or a diff."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -93,9 +92,8 @@ def _unique(name: str, names: Counter[str]) -> str:
     return name if names[name] == 1 else f"{name}~{names[name]}"
 
 
-def as_json(row: EncodedRow) -> str:
-    """Return one line for a script."""
+def as_values(row: EncodedRow) -> dict[str, object]:
+    """Return plain values for a script."""
     reason = {"reason": row.error.reason, "detail": row.error.detail} if row.error is not None else {}
-    return json.dumps(
-        {"place": row.place, "key": row.key, "files": [str(file) for file in row.files], "num_tokens": row.num_tokens, **reason}
-    )
+    files = [str(file) for file in row.files]
+    return {"place": row.place, "key": row.key, "files": files, "num_tokens": row.num_tokens, **reason}

@@ -5,6 +5,7 @@ OmniPrepError
 ├── ConfigError      the user's recipe or command line is wrong: raised before any worker starts, exit code 2
 ├── RejectSample     one record cannot be used: it goes to the quarantine with its reason, the run goes on
 └── DatasetError     a dataset on disk is damaged or not one of ours
+    └── NoDatasetError   none lies where one was named: a `ConfigError` as well, so the exit code is that of wrong use
 ```
 
 Anything else that escapes is a bug and stops the run with its traceback.
@@ -83,6 +84,10 @@ class ConfigError(OmniPrepError):
 
 class DatasetError(OmniPrepError):
     """A dataset on disk is damaged or not an OmniPrep dataset."""
+
+
+class NoDatasetError(DatasetError, ConfigError):
+    """No finished dataset lies where one was named."""
 
 
 class RejectSample(OmniPrepError):

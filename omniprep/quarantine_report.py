@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from omniprep.errors import DatasetError, printable
+from omniprep.errors import DatasetError, NoDatasetError, printable
 from omniprep.shards.manifest import Stored
 from omniprep.shards.quarantine import QUARANTINE_FOLDER
 from omniprep.storage.folder import Folder, open_folder
@@ -97,7 +97,7 @@ def summarize(place: str, *, top: int = 20) -> QuarantineReport:
     """
     folder = open_folder(place)
     if not folder.exists():
-        raise DatasetError(f"{place}: no such folder; name the folder of a dataset")
+        raise NoDatasetError(f"{place}: no such folder; name the folder of a dataset")
     tally = _Tally()
     for name in _files(folder):
         for columns in _batches(folder, name):

@@ -125,8 +125,12 @@ def test_nothing_stored_gives_exit_code_1(tmp_path: Path) -> None:
     ("arguments", "code", "message"),
     [
         (["prepare", "nowhere.yaml"], 2, "nowhere.yaml: cannot be read: No such file or directory"),
-        (["verify", "nowhere"], 1, "manifest.json is missing, so this is no dataset"),
-        (["inspect", "nowhere"], 1, "manifest.json is missing"),
+        (["verify", "nowhere"], 2, "nowhere: manifest.json is missing, so this is no dataset"),
+        (["diff", "nowhere", "nowhere"], 2, "nowhere: manifest.json is missing, so this is no dataset"),
+        (["inspect", "nowhere"], 2, "nowhere: manifest.json is missing, so this is no dataset"),
+        (["retry", "nowhere"], 2, "nowhere: manifest.json is missing, so this is no dataset"),
+        (["inspect", "nowhere", "--rejected"], 2, "nowhere: no such folder; name the folder of a dataset"),
+        (["verify", "now\x1b[2Jhere"], 2, "now\\x1b[2Jhere: manifest.json is missing"),
         (["schema", "nothing.json"], 2, "no schema 'nothing.json'; there are conversation.json"),
         (["encode", "nowhere.jsonl", "--out", "x"], 2, "no file matches 'nowhere.jsonl'"),
     ],
@@ -138,6 +142,48 @@ def test_a_users_mistake_is_one_line(arguments: list[str], code: int, message: s
     assert result.stderr.startswith("error: ")
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_an_unfinished_dataset_is_wrong_use_and_a_damaged_one_a_finding(recipe: Path, tmp_path: Path) -> None:
+    run("prepare", recipe)
+    manifest = tmp_path / "out" / "manifest.json"
+    whole = manifest.read_bytes()
+    for command in (["verify"], ["inspect"], ["retry"], ["diff", str(tmp_path / "out")]):
+        manifest.unlink(missing_ok=True)
+        assert "is missing, so this is an unfinished dataset" in run(*command, tmp_path / "out", code=2).stderr
+        manifest.write_bytes(whole[:-10])
+        assert "manifest.json: not readable as JSON" in run(*command, tmp_path / "out", code=1).stderr
+
+
+HOSTILE = "\x1b[2J \x9b1m \x7f \u202e"
+"""Clears the screen, makes text bold in another way, deletes, turns the direction."""
+ESCAPED = r"\x1b[2J \x9b1m \x7f \u202e"
+
+
+def test_no_text_from_data_steers_the_terminal(tmp_path: Path) -> None:
+    media = f"none{HOSTILE}.png"
+    rows = [{**chat(0, id=HOSTILE)}, chat(1, {"image": media}), {**chat(2), "meta": {"a": HOSTILE}}]
+    rows[2]["messages"][0]["content"][0]["text"] = f"{HOSTILE}, nbsp\xa0, joiner\u200d."  # type: ignore[call-overload]
+    recipe = write_recipe(tmp_path, rows)
+    out = tmp_path / "out"
+    lines = run("prepare", recipe).stdout
+    lines += run("inspect", out).stdout + run("inspect", out, "--rejected").stdout + run("inspect", out, "chat-00000001").stdout
+    text = run("inspect", out, "chat-00000002").stdout
+    encoded = run("encode", tmp_path / "data" / "chat.jsonl", "--out", tmp_path / "npz", code=1)
+    told = lines + text + encoded.output + run("plan", recipe).stdout
+    assert [char for char in told if not char.isprintable() and char not in "\n\xa0\u200d"] == []
+    assert f"{ESCAPED}, nbsp\xa0, joiner\u200d." in text, "what is part of a text stays"
+    assert f"none{ESCAPED}.png" in lines
+    assert f"none{ESCAPED}.png" in encoded.stderr
+    assert ESCAPED in run("inspect", out).stdout
+
+
+def test_json_is_ascii_and_tells_the_text_as_it_is(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [chat(0, {"image": "none\u202e\U0001f3ac.png"})])
+    told = run("encode", rows, "--out", tmp_path / "npz", "--json", code=1).stdout
+    assert told.isascii()
+    assert "none\\u202e\U0001f3ac.png" in json.loads(told)["detail"], "details are escaped where they are made"
+    assert json.loads(told)["place"] == "rows.jsonl:1"
 
 
 def test_wrong_options_give_exit_code_2(recipe: Path) -> None:

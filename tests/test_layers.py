@@ -31,7 +31,7 @@ LAYERS = {
         5,
     ),
     **dict.fromkeys(("reference", "encode_files", "inspect", "audit", "train", "diff", "quarantine_report"), 5),
-    **dict.fromkeys(("cli", "__main__"), 6),
+    **dict.fromkeys(("cli", "terminal", "__main__"), 6),
 }
 ONLY_IN = {"ray": {"run/ray"}, "torch": {"train/", "features/", "media/", "reference.py", "verify_reference.py"}}
 """Libraries that only these files or folders may import."""

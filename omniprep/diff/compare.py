@@ -20,7 +20,7 @@ from omniprep.diff.report import DatasetDiff, Example, Group, Groups, Sampled, S
 from omniprep.diff.rows import BUCKET_ROWS, BYTES_OF, NAME, Buckets, Joined, Match, join, name_column, read_rows, with_name
 from omniprep.errors import ConfigError, DatasetError
 from omniprep.receipts import differences
-from omniprep.shards.manifest import MANIFEST_NAME, Manifest, QuarantineInfo, ShardInfo, Totals, read_manifest
+from omniprep.shards.manifest import Manifest, QuarantineInfo, ShardInfo, Totals, read_manifest
 from omniprep.shards.quarantine import QUARANTINE_FOLDER
 from omniprep.storage.folder import Folder, open_folder
 
@@ -63,15 +63,9 @@ class Dataset:
 
     @classmethod
     def open(cls, place: str) -> "Dataset":
-        """Open the dataset at a path or URL. Raises `ConfigError` if there is none, `DatasetError` if it is damaged."""
+        """Open the dataset at a path or URL. Raises `NoDatasetError` if there is none, `DatasetError` if it is damaged."""
         folder = open_folder(place)
-        try:
-            return cls(folder, read_manifest(folder))
-        except DatasetError as error:
-            # A script must not take a misspelt name for a difference: the exit codes are 2 and 1.
-            if folder.size(MANIFEST_NAME) is None:
-                raise ConfigError(str(error)) from None
-            raise
+        return cls(folder, read_manifest(folder))
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from omniprep.errors import DatasetError
+from omniprep.errors import DatasetError, NoDatasetError
 from omniprep.shards.index import modalities
 from omniprep.shards.members import FORMAT_VERSION, MelDtype, MemberFormat, SampleKind
 from omniprep.storage.folder import Place, as_folder
@@ -155,7 +155,7 @@ def manifest_bytes(manifest: Manifest) -> bytes:
 
 
 def read_manifest(folder: Place) -> Manifest:
-    """Return a dataset's manifest. Raises `DatasetError` if there is none, it was edited, or is of another format."""
+    """Return a dataset's manifest. Raises `DatasetError` if it was edited or is of another format, `NoDatasetError` if absent."""
     folder = as_folder(folder)
     path = f"{folder.place}/{MANIFEST_NAME}"
     try:
@@ -163,10 +163,10 @@ def read_manifest(folder: Place) -> Manifest:
     except FileNotFoundError:
         started = folder.size("receipts/recipe.json") is not None
         what = "an unfinished dataset; run the same `omniprep prepare` again" if started else "no dataset"
-        raise DatasetError(f"{folder.place}: {MANIFEST_NAME} is missing, so this is {what}") from None
+        raise NoDatasetError(f"{folder.place}: {MANIFEST_NAME} is missing, so this is {what}") from None
     except NotADirectoryError:
         detail = "expected the folder of a dataset, got a file; name the folder that it is in"
-        raise DatasetError(f"{folder.place}: {detail}") from None
+        raise NoDatasetError(f"{folder.place}: {detail}") from None
     except (ValueError, RecursionError) as error:
         raise DatasetError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(values, dict):
