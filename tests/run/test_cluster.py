@@ -31,6 +31,8 @@ ROOT = Path(__file__).parents[2]
 MB = 1 << 20
 OBJECT_STORE = 80 * MB
 NUM_MANY = int(os.environ.get("NUM_MANY", "3000"))
+WAIT_S = 200.0
+"""It only ends what hangs."""
 
 
 def free_port() -> int:
@@ -39,7 +41,7 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def wait_until(true: Callable[[], bool], *, within_s: float = 30.0) -> None:
+def wait_until(true: Callable[[], bool], *, within_s: float = WAIT_S) -> None:
     deadline = time.monotonic() + within_s
     while not true():
         assert time.monotonic() < deadline, "waited in vain"
@@ -49,11 +51,14 @@ def wait_until(true: Callable[[], bool], *, within_s: float = 30.0) -> None:
 # What the workers run. Each item leaves a line "item pid node" in `folder/began`.
 
 
-def mark(folder: Path, item: int) -> None:
+def mark(folder: Path, item: int) -> str:
+    """Return the node, too."""
     import ray
 
+    node = ray.get_runtime_context().get_node_id()
     with (folder / "began").open("a") as file:
-        file.write(f"{item} {os.getpid()} {ray.get_runtime_context().get_node_id()}\n")
+        file.write(f"{item} {os.getpid()} {node}\n")
+    return str(node)
 
 
 def marks(folder: Path) -> list[tuple[int, int, str]]:
@@ -66,6 +71,37 @@ def build_slow(folder: Path, seconds: float):
     def work(item: int) -> tuple[int, int]:
         mark(folder, item)
         time.sleep(seconds)
+        return item * item, os.getpid()
+
+    return work
+
+
+def build_stuck(folder: Path, *, node: str = "", item: int = -1):
+    """Never end what runs on `node`, nor the first try at `item`."""
+
+    def work(number: int) -> tuple[int, int]:
+        here = mark(folder, number)
+        num_tries = sum(found == number for found, *_ in marks(folder))
+        while here == node or (number == item and num_tries == 1):
+            time.sleep(1)
+        time.sleep(0.1)
+        return number * number, os.getpid()
+
+    return work
+
+
+def wait_for_processes(folder: Path, num_processes: int) -> None:
+    wait_until(lambda: len({pid for _, pid, _ in marks(folder)}) >= num_processes)
+
+
+def build_together(folder: Path, num_processes: int):
+    """After the first item, go on when so many processes are at work: some take long to start."""
+
+    def work(item: int) -> tuple[int, int]:
+        mark(folder, item)
+        if item > 0:
+            wait_for_processes(folder, num_processes)
+        time.sleep(0.3)
         return item * item, os.getpid()
 
     return work
@@ -111,6 +147,8 @@ def build_gpu(folder: Path):
         mark(folder, item)
         if item == 2 and sum(found == 2 for found, *_ in marks(folder)) == 1:
             os.kill(os.getpid(), signal.SIGKILL)
+        if item > 0:
+            wait_for_processes(folder, 2)
         time.sleep(0.3)
         return os.getpid(), os.environ["CUDA_VISIBLE_DEVICES"], ray.get_runtime_context().get_actor_id() is not None
 
@@ -120,7 +158,8 @@ def build_gpu(folder: Path):
 @pytest.fixture(scope="module")
 def cluster() -> Iterator["object"]:
     """A head without CPUs and one node of one CPU; tests add what they break."""
-    os.environ.update(DRIVER_ENVIRONMENT)
+    # Of `ray://`: the server that is started for each client may take longer than thirty seconds.
+    os.environ.update(DRIVER_ENVIRONMENT, RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S=f"{WAIT_S:.0f}")
     from ray.cluster_utils import Cluster
 
     port = free_port()
@@ -129,8 +168,12 @@ def cluster() -> Iterator["object"]:
         "include_dashboard": False,
         "ray_client_server_port": port,
         "object_store_memory": OBJECT_STORE,
-        # A node counts as dead after 3 s without a sign, not after 20.
-        "_system_config": {"health_check_period_ms": 1000, "health_check_timeout_ms": 1000, "health_check_failure_threshold": 3},
+        # A node is dead after three looks, one a second, at which nobody is there; one that is only slow to answer lives.
+        "_system_config": {
+            "health_check_period_ms": 1000,
+            "health_check_timeout_ms": 30_000,
+            "health_check_failure_threshold": 3,
+        },
     }
     cluster = Cluster(initialize_head=True, head_node_args=head)
     cluster.client_address = f"ray://127.0.0.1:{port}"
@@ -174,7 +217,7 @@ def driver(code: str, **environment: str) -> subprocess.Popen:
 
 
 def output_of(process: subprocess.Popen) -> str:
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=WAIT_S)
     assert process.returncode == 0, err
     return out
 
@@ -185,12 +228,13 @@ def test_a_node_killed_in_the_middle_loses_nothing(
     node = extra_node()
 
     def kill_while_it_works() -> None:
-        wait_until(lambda: sum(found == node.node_id for *_, found in marks(tmp_path)) >= 2)
+        wait_until(lambda: any(found == node.node_id for *_, found in marks(tmp_path)))
         node.kill_raylet()
 
     killer = threading.Thread(target=kill_while_it_works)
     killer.start()
-    results = map_partitions(partial(build_slow, tmp_path, 1.0), range(8), RayOptions(address=cluster.address), cache_key="node")
+    build = partial(build_stuck, tmp_path, node=node.node_id)
+    results = map_partitions(build, range(8), RayOptions(address=cluster.address), cache_key="node")
     got = [(position, square) for position, (square, _) in results]
     killer.join()
     assert sorted(got) == [(number, number * number) for number in range(8)]
@@ -201,9 +245,9 @@ def test_a_node_killed_in_the_middle_loses_nothing(
 
 def test_a_worker_killed_from_outside_loses_nothing(cluster, tmp_path: Path) -> None:
     got = []
-    for position, (square, _) in map_partitions(
-        partial(build_slow, tmp_path, 0.3), range(5), RayOptions(address=cluster.address, max_retries=1), cache_key="worker"
-    ):
+    options = RayOptions(address=cluster.address, max_retries=1)
+    build = partial(build_stuck, tmp_path, item=1)
+    for position, (square, _) in map_partitions(build, range(5), options, cache_key="worker"):
         got.append((position, square))
         if len(got) == 1:
             wait_until(lambda: len(marks(tmp_path)) == 2)
@@ -214,7 +258,8 @@ def test_a_worker_killed_from_outside_loses_nothing(cluster, tmp_path: Path) -> 
 
 def test_a_node_that_joins_late_is_used(cluster, extra_node, tmp_path: Path) -> None:
     late = None
-    for _ in map_partitions(partial(build_slow, tmp_path, 0.5), range(16), RayOptions(address=cluster.address), cache_key="late"):
+    build = partial(build_together, tmp_path, 2)
+    for _ in map_partitions(build, range(16), RayOptions(address=cluster.address), cache_key="late"):
         late = late or extra_node()
     assert late is not None
     assert {node for *_, node in marks(tmp_path)} >= {late.node_id}
@@ -263,9 +308,9 @@ def test_a_killed_driver_takes_its_tasks_along_and_another_can_follow(cluster, t
     pid = marks(tmp_path)[-1][1]
     wait_until(lambda: not Path(f"/proc/{pid}").exists())
     num_begun = len(marks(tmp_path))
-    again = map_partitions(
-        partial(build_slow, tmp_path / "..", 0.0), range(3), RayOptions(address=cluster.address), cache_key="second"
-    )
+    (tmp_path / "second").mkdir()
+    build = partial(build_slow, tmp_path / "second", 0.0)
+    again = map_partitions(build, range(3), RayOptions(address=cluster.address), cache_key="second")
     assert sorted(position for position, _ in again) == [0, 1, 2]
     assert len(marks(tmp_path)) == num_begun
 
@@ -375,7 +420,7 @@ def test_a_node_runs_no_more_workers_than_its_memory_holds(cluster, extra_node, 
     big = extra_node(num_cpus=4, memory=250 * MB)
     options = RayOptions(address=cluster.address, memory_bytes_per_worker=100 * MB, num_workers=8)
     running, most = set(), 0
-    for _, (_, pid) in map_partitions(partial(build_slow, tmp_path, 0.3), range(16), options, cache_key="memory"):
+    for _, (_, pid) in map_partitions(partial(build_together, tmp_path, 3), range(16), options, cache_key="memory"):
         running.add(pid)
         most = max(most, len(running))
     on_big = {pid for _, pid, node in marks(tmp_path) if node == big.node_id}

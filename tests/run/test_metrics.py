@@ -61,10 +61,13 @@ def test_time_is_counted_also_when_the_block_fails() -> None:
         with pytest.raises(KeyError), metrics.timed("encode"):
             time.sleep(0.01)
             raise KeyError
+        started = time.perf_counter()
         with metrics.timed("write"):
             pass
+        around_s = time.perf_counter() - started
     seconds = totals.by_label(metrics.STAGE_SECONDS, "stage")
-    assert seconds["encode"] >= 0.01 > seconds["write"] > 0
+    assert seconds["encode"] >= 0.01
+    assert 0 < seconds["write"] <= around_s
 
 
 def test_only_what_ends_well_is_added_to_the_totals() -> None:
@@ -107,11 +110,11 @@ def test_a_serial_run_tells_its_progress_at_most_once_a_second(monkeypatch: pyte
 
 def test_a_count_costs_little() -> None:
     """A text record takes 150 us of work; it is counted about five times."""
-    start = time.perf_counter()
+    start = time.thread_time()  # not of the clock: others may have the processor meanwhile
     with metrics.collecting(lambda totals: None):
         for _ in range(20_000):
             metrics.count(metrics.ROWS, source="chat", outcome="stored")
-    each_us = (time.perf_counter() - start) / 20_000 * 1e6
+    each_us = (time.thread_time() - start) / 20_000 * 1e6
     print(f"{each_us:.2f} us a count")
     assert each_us < 15
 
@@ -147,13 +150,16 @@ def test_prometheus_finds_what_workers_counted() -> None:
     options = RayOptions(num_workers=2, metrics_port=free_port())
     with metrics.collecting() as totals, session(options):
         assert sorted(map_partitions(build_counting, [5, 6], options, cache_key="metrics")) == [(0, 5), (1, 6)]
-        deadline = time.monotonic() + 40
-        while (found := scrape(options.metrics_port)).get("omniprep_bytes_written_total chat", 0) < 110:
+        expected = {
+            "omniprep_bytes_written_total chat": 110,
+            "omniprep_rows_total stored chat": 9,
+            "omniprep_rows_total rejected chat": 2,
+            "omniprep_partition_seconds_count": 2,
+            "omniprep_partitions_left": 0,
+        }
+        deadline = time.monotonic() + 120
+        while not expected.items() <= (found := scrape(options.metrics_port)).items():  # driver and workers each send their own
             assert time.monotonic() < deadline, f"found only {found}"
             time.sleep(0.5)
-    assert found["omniprep_rows_total stored chat"] == 9
-    assert found["omniprep_rows_total rejected chat"] == 2
     assert found["omniprep_stage_seconds_total encode"] > 0
-    assert found["omniprep_partition_seconds_count"] == 2
-    assert found["omniprep_partitions_left"] == 0
     assert totals.num_rows == 11

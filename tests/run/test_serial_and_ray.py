@@ -137,7 +137,7 @@ list(map_partitions(build, range(9), RayOptions(num_workers=2), cache_key="kille
     wait_until(lambda: not any(is_alive(pid) for pid in group))
 
 
-def wait_until(true: Callable[[], bool], *, within_s: float = 60.0) -> None:
+def wait_until(true: Callable[[], bool], *, within_s: float = 200.0) -> None:
     deadline = time.monotonic() + within_s
     while not true():
         assert time.monotonic() < deadline, "waited in vain"

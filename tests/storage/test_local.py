@@ -63,7 +63,7 @@ def test_writers_of_one_name_at_one_moment_never_mix(tmp_path: Path) -> None:
     ready = threading.Barrier(len(contents))
 
     def write(content: bytes) -> None:
-        ready.wait(10)
+        ready.wait(120)
         with folder.create("a") as file:
             for start in range(0, len(content), 1000):
                 file.write(content[start : start + 1000])
@@ -139,7 +139,7 @@ def test_a_file_where_a_folder_should_be_is_one_line(tmp_path: Path) -> None:
 def hold(folder: LocalFolder, held: Any, release: Any) -> None:
     with folder.locked(".lock"):
         held.set()
-        release.wait(30)
+        release.wait(120)
 
 
 def test_a_lock_keeps_another_process_out_and_ends_with_its_holder(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_a_lock_keeps_another_process_out_and_ends_with_its_holder(tmp_path: Pat
     held, release = context.Event(), context.Event()
     holder = context.Process(target=hold, args=(folder, held, release))
     holder.start()
-    assert held.wait(30)
+    assert held.wait(120)
     with (
         pytest.raises(Conflict, match="/set: another `omniprep` is writing there; wait for it"),
         folder.locked(".lock"),

@@ -22,6 +22,8 @@ from omniprep.storage.s3 import PART_BYTES
 from tests.s3_server import S3, Request
 
 MIB = 1 << 20
+HANG_S = 25
+"""What is waited for in vain takes longer: thirty seconds by default, and a request that hangs here a minute."""
 BIG = b"".join(hashlib.sha256(k.to_bytes(4, "big")).digest() for k in range(20 * MIB // 32))  # three parts
 
 
@@ -140,7 +142,7 @@ def test_a_process_killed_in_an_upload_leaves_no_object_and_no_temporary_file(s3
     assert s3.get("a") == BIG
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -154,7 +156,7 @@ def test_of_two_commits_at_one_moment_exactly_one_wins(s3: S3, replace: bool) ->
         folder.write("manifest.json", b"before")
     version = folder.version("manifest.json")
     # Both have seen that nothing has changed before either writes.
-    both_have_looked = threading.Barrier(2, timeout=20)
+    both_have_looked = threading.Barrier(2, timeout=120)
     s3.fail(lambda request: is_put(request) and both_have_looked.wait() < 0, times=1)
     outcomes: dict[bytes, str] = {}
 
@@ -236,7 +238,7 @@ class TestEveryOperation:
         start = time.monotonic()
         with pytest.raises(StorageError, match=r"2 times in a row; the store does not answer as it should"):
             use(RemoteFolder(s3.url, timeout_s=0.3, attempts=2))
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < HANG_S
 
     def test_is_refused_with_one_line_and_not_tried_again(self, s3: S3, use: Callable[[Any], Any]) -> None:
         s3.put("a", b"content")
@@ -317,11 +319,11 @@ def test_a_child_process_reads_on_its_own(s3: S3, method: str) -> None:
     for _ in range(3 if method == "fork" else 1):
         child = context.Process(target=read_in_a_child, args=(folder, results))
         child.start()
-        assert results.get(timeout=60) == b"content"
+        assert results.get(timeout=200) == b"content"
         child.join()
         start = time.monotonic()
         assert folder.read("a") == b"content"
-        assert time.monotonic() - start < 20  # a connection that the child took with it would cost a time-out
+        assert time.monotonic() - start < HANG_S  # a connection that the child took with it would cost a time-out
 
 
 CONFIGURED = "import sys; from omniprep.storage.folder import open_folder; print(open_folder(sys.argv[1]).read('a'))"
@@ -338,7 +340,7 @@ def test_fsspecs_own_configuration_is_heeded(s3: S3, tmp_path: Path, way: str) -
         (tmp_path / "conf.json").write_text(json.dumps({"s3": {"endpoint_url": s3.endpoint, "key": "k", "secret": "s"}}))
         environment["FSSPEC_CONFIG_DIR"] = str(tmp_path)
     done = subprocess.run(
-        [sys.executable, "-c", CONFIGURED, s3.url], env=environment, capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", CONFIGURED, s3.url], env=environment, capture_output=True, text=True, check=True, timeout=200
     )
     assert done.stdout == "b'content'\n"
 
@@ -346,13 +348,13 @@ def test_fsspecs_own_configuration_is_heeded(s3: S3, tmp_path: Path, way: str) -
 def test_a_store_that_sends_a_byte_now_and_then_is_given_up(s3: S3) -> None:
     """It is never silent, so no time-out of a connection ends it."""
     s3.put("a", bytes(1000))
-    reader = RemoteFolder(s3.url, timeout_s=0.4, attempts=2).open_random("a")
+    reader = RemoteFolder(s3.url, timeout_s=0.8, attempts=4).open_random("a")  # enough for a good answer on a busy machine
     s3.fail(is_get, "dribble", times=99)
     for read in (lambda: reader.pread(1000, 0), lambda: read_url(f"{s3.endpoint}/{s3.bucket}/a", max_bytes=1000, timeout_s=0.4)):
         start = time.monotonic()
         with pytest.raises(StorageError, match=r"no answer in time, \d times in a row"):
             read()
-        assert time.monotonic() - start < 15
+        assert time.monotonic() - start < HANG_S
 
 
 def test_a_store_that_takes_no_bytes_is_given_up(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,7 +363,7 @@ def test_a_store_that_takes_no_bytes_is_given_up(s3: S3, monkeypatch: pytest.Mon
     start = time.monotonic()
     with pytest.raises(StorageError, match="2 times in a row"):
         RemoteFolder(s3.url, timeout_s=0.4, attempts=2).write("a", bytes(5_000_000))
-    assert 2 * (0.4 + 1) <= time.monotonic() - start < 10
+    assert 2 * (0.4 + 1) <= time.monotonic() - start < HANG_S
 
 
 class TestReadUrl:
