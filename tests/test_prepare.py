@@ -252,12 +252,12 @@ def test_retry_may_be_killed_between_any_two_files(tmp_path: Path, monkeypatch: 
     num_left = None
 
     def count(function):
-        def counted(*arguments):
+        def counted(*arguments, **options):
             nonlocal num_left
             num_left = num_left and num_left - 1
             if num_left == 0:
                 raise Killed
-            return function(*arguments)
+            return function(*arguments, **options)
 
         return counted
 
