@@ -5,15 +5,14 @@ processor's own resize is then a no-op. Rows and columns of the patches follow `
 """
 
 import math
+from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
 from omniprep.errors import Reason, RejectSample
 from omniprep.profile import QWEN2_5_OMNI, ModelProfile, PixelLimits
 from omniprep.types import Float32Array, Uint8Array
-
-_ROWS_PER_BLOCK = 256
-"""Rows converted at a time: 256 x 1176 float32 are 1.2 MB, which stay in the second-level cache."""
 
 
 def smart_resize(height: int, width: int, *, limits: PixelLimits, profile: ModelProfile = QWEN2_5_OMNI) -> tuple[int, int]:
@@ -65,31 +64,69 @@ def fit_pixels(
     return new_height, new_width
 
 
-def patchify(frames: Uint8Array, profile: ModelProfile = QWEN2_5_OMNI) -> Float32Array:
+def patchify(frames: Uint8Array, profile: ModelProfile = QWEN2_5_OMNI, *, out: Float32Array | None = None) -> Float32Array:
     """Return the normalised patch rows of an image or a video.
 
     `frames` is (n, H, W, 3) uint8 with H and W multiples of 28. The result is (rows, 1176) float32, one row per 14x14
     patch of two frames: rows in the order (frame pair, block row, block column, row and column within the 2x2 block),
     columns (channel, frame of the pair, y, x). One frame is an image, which the model takes as the same frame twice;
     with an odd n the last frame is repeated. Values are (x - 255 mean) / (255 std), as the reference fuses them.
+    `out` takes the rows instead of a new array; it must be C-ordered.
     """
     num_frames, height, width, _ = frames.shape
-    patch, merge, pair = profile.patch_size, profile.merge_size, profile.temporal_patch_size
-    if num_frames < 1 or height % profile.resize_factor or width % profile.resize_factor:
-        raise ValueError(f"expected (n >= 1, H, W, 3) with H, W multiples of {profile.resize_factor}, got {frames.shape = }")
-    grid_t, grid_h, grid_w = profile.grid_thw(num_frames, height, width)
-    if num_frames % pair:
-        frames = np.concatenate([frames, np.repeat(frames[-1:], pair - num_frames % pair, axis=0)])
-    # Bytes are moved before they become floats: a quarter of the traffic. Planes first, so that runs of one patch row stay whole.
-    planes = np.ascontiguousarray(frames.transpose(0, 3, 1, 2))
-    blocks = planes.reshape(grid_t, pair, 3, grid_h // merge, merge, patch, grid_w // merge, merge, patch)
-    pixels = blocks.transpose(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(grid_t * grid_h * grid_w, -1)
-    columns_per_channel = pair * patch * patch
-    mean = np.repeat(np.asarray(profile.image_mean, np.float32) * np.float32(255), columns_per_channel)
-    std = np.repeat(np.asarray(profile.image_std, np.float32) * np.float32(255), columns_per_channel)
-    rows = np.empty(pixels.shape, np.float32)
-    for start in range(0, len(rows), _ROWS_PER_BLOCK):
-        block = rows[start : start + _ROWS_PER_BLOCK]
-        np.subtract(pixels[start : start + _ROWS_PER_BLOCK], mean, out=block, dtype=np.float32)
-        np.divide(block, std, out=block)
-    return rows
+    if num_frames < 1:
+        raise ValueError(f"expected (n >= 1, H, W, 3), got {frames.shape = }")
+    num_steps, grid_h, grid_w = profile.grid_thw(num_frames, height, width)
+    per_step = grid_h * grid_w
+    if out is None:
+        out = np.empty((num_steps * per_step, num_patch_columns(profile)), np.float32)
+    for step in range(num_steps):
+        first = step * profile.temporal_patch_size
+        pair = [frames[min(first + number, num_frames - 1)] for number in range(profile.temporal_patch_size)]
+        patchify_step(pair, out[step * per_step : (step + 1) * per_step], profile)
+    return out
+
+
+def patchify_step(frames: Sequence[Uint8Array], out: Float32Array, profile: ModelProfile = QWEN2_5_OMNI) -> None:
+    """Write the patch rows of one temporal step, as `patchify` orders them, to `out` (H / 14 * W / 14, 1176), C-ordered.
+
+    `frames` are the two (H, W, 3) frames of the step; for an image twice the same.
+    """
+    height, width, _ = frames[0].shape
+    patch, merge = profile.patch_size, profile.merge_size
+    if height % profile.resize_factor or width % profile.resize_factor:
+        raise ValueError(f"expected sides that are multiples of {profile.resize_factor}, got {frames[0].shape = }")
+    blocks = (height // patch // merge, width // patch // merge)
+    expected = (blocks[0] * blocks[1] * merge**2, num_patch_columns(profile))
+    if out.shape != expected or not out.flags.c_contiguous:
+        raise ValueError(f"expected C-ordered rows {expected}, got {out.shape = }")
+    mean, std = _column_constants(profile)
+    # A strip is one row of blocks: bytes become floats as they move, and a strip is still in the cache when it is normalised.
+    strips = out.reshape(blocks[0], blocks[1], merge, merge, 3, len(frames), patch, patch)
+    sources = [
+        frame.reshape(blocks[0], merge, patch, blocks[1], merge, patch, 3).transpose(0, 3, 1, 4, 6, 2, 5) for frame in frames
+    ]
+    for number, strip in enumerate(strips):
+        for place, source in enumerate(sources):
+            strip[..., place, :, :] = source[number]
+        rows = strip.reshape(-1, expected[1])
+        rows -= mean
+        rows /= std
+
+
+def num_patch_columns(profile: ModelProfile = QWEN2_5_OMNI) -> int:
+    """Return the values in one patch row.
+
+    >>> num_patch_columns()
+    1176
+    """
+    return 3 * profile.temporal_patch_size * profile.patch_size**2
+
+
+@lru_cache(maxsize=4)
+def _column_constants(profile: ModelProfile) -> tuple[Float32Array, Float32Array]:
+    """Return what is taken from each column of a patch row and what it is divided by."""
+    per_channel = num_patch_columns(profile) // 3
+    mean = np.repeat(np.asarray(profile.image_mean, np.float32) * np.float32(255), per_channel)
+    std = np.repeat(np.asarray(profile.image_std, np.float32) * np.float32(255), per_channel)
+    return mean, std

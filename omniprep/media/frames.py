@@ -23,9 +23,12 @@ def encode_frame(frame: Uint8Array, frame_format: FrameFormat, quality: int) -> 
     return data
 
 
-def decode_frame(data: bytes, frame_format: FrameFormat, *, height: int, width: int) -> Uint8Array:
+def decode_frame(
+    data: bytes | memoryview, frame_format: FrameFormat, *, height: int, width: int, out: Uint8Array | None = None
+) -> Uint8Array:
     """Return the (height, width, 3) uint8 RGB frame that `encode_frame` stored.
 
+    A JPEG is decoded into `out` if that is given, a C-ordered (height, width, 3) array; raw pixels are a view of `data`.
     Raises `DatasetError` if the bytes are not a frame of that size.
     """
     if frame_format == "raw":
@@ -35,7 +38,7 @@ def decode_frame(data: bytes, frame_format: FrameFormat, *, height: int, width: 
     import simplejpeg
 
     try:
-        frame: Uint8Array = simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=False, fastupsample=False)
+        frame: Uint8Array = simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=False, fastupsample=False, buffer=out)
     except ValueError as error:
         raise DatasetError(f"JPEG frame of {len(data)} bytes cannot be decoded: {error}") from None
     if frame.shape != (height, width, 3):
