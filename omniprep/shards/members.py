@@ -207,10 +207,10 @@ def _describe(sample: EncodedSample) -> bytes:
     # Segments are numbers and closed words, and a dialogue has dozens: written out, they take a fifth of the encoder's time.
     segments = ",".join(
         [
-            f'{{"sequence":"{name}","kind":"{segment.kind}","start":{segment.start},"stop":{segment.stop},'
-            f'"supervised":{"true" if segment.supervised else "false"},"item":{segment.item},"offset":{segment.offset}}}'
+            f'{{"sequence":"{name}","kind":"{kind}","start":{start},"stop":{stop},'
+            f'"supervised":{"true" if supervised else "false"},"item":{item},"offset":{offset}}}'
             for name, layout in sample.layouts.items()
-            for segment in layout.segments
+            for kind, start, stop, supervised, item, offset in layout.segments
         ]
     )
     return f'{_dumps(about)[:-1]},"segments":[{segments}],{_dumps(media)[1:]}'.encode("ascii")

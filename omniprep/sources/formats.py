@@ -21,14 +21,24 @@ from typing import Any, Literal
 
 from omniprep.config import Config
 from omniprep.errors import Reason, RejectSample
-from omniprep.records import Record, parse_record
+from omniprep.records import OBJECT, Record, parse_record
 from omniprep.sources.formats_chat import CALL_ROLES, RESULT_ROLES, Tags, chat_messages, tool_list
 from omniprep.sources.formats_marks import MEDIA_COLUMNS, MediaColumns, place_media
 
 Format = Literal["auto", "messages", "sharegpt", "swift", "trl", "alpaca", "text"]
 
 _FOREIGN_ROLES = CALL_ROLES | (RESULT_ROLES - {"tool"}) | {"human", "gpt", "bot"}
+_FORMAT_BY_KEYS: tuple[tuple[frozenset[str], str], ...] = (
+    (frozenset({"conversations"}), "sharegpt"),
+    (frozenset({"query"}), "swift"),
+    (frozenset({"instruction"}), "alpaca"),
+    (frozenset({"chosen", "rejected"}), "trl"),
+    (frozenset({"parts"}), "messages"),
+    (frozenset({"prompt"}), "text"),
+    (frozenset({"text"}), "text"),
+)
 _SINGULAR = {"image": "images", "video": "videos", "audio": "audios"}
+_SHAREGPT_COLUMNS = {*MEDIA_COLUMNS, *_SINGULAR, "chosen", "rejected", "system", "kto_tag", "label"}
 
 
 class Columns(Config):
@@ -77,7 +87,7 @@ def to_record(
     >>> to_record({"instruction": "Hi", "output": "Hello"}).messages[1].content[0].text
     'Hello'
     """
-    if not isinstance(value, Mapping):
+    if not isinstance(value, OBJECT):
         raise RejectSample(Reason.SCHEMA_INVALID, f"expected a JSON object, got {type(value).__name__}")
     meta = {name: value[name] for name in meta_columns if value.get(name) is not None}
     row = _renamed(value, format, columns) if columns.model_fields_set else value
@@ -87,7 +97,7 @@ def to_record(
         if meta_columns:
             native = {key: item for key, item in row.items() if key not in meta}
             given = native.get("meta")
-            native = {**native, "meta": {**meta, **given} if isinstance(given, Mapping) else given or meta}
+            native = {**native, "meta": {**meta, **given} if isinstance(given, OBJECT) else given or meta}
         return parse_record(native)
     _refuse_unsupported(row, kind)
     record = _convert(row, kind, tags, use_audio_in_video)
@@ -95,8 +105,8 @@ def to_record(
         if isinstance(row.get(key), (str, int)):
             record[key] = row[key]
     given_meta = row.get("meta")
-    if meta or isinstance(given_meta, Mapping):
-        record["meta"] = {**meta, **(given_meta if isinstance(given_meta, Mapping) else {})}
+    if meta or isinstance(given_meta, OBJECT):
+        record["meta"] = {**meta, **(given_meta if isinstance(given_meta, OBJECT) else {})}
     return parse_record(record)
 
 
@@ -109,16 +119,7 @@ def detect(row: Mapping[str, Any]) -> str:
     keys = {key for key, item in row.items() if item is not None}
     if "messages" in keys:
         return _detect_messages(row, keys)
-    rules: tuple[tuple[frozenset[str], str], ...] = (
-        (frozenset({"conversations"}), "sharegpt"),
-        (frozenset({"query"}), "swift"),
-        (frozenset({"instruction"}), "alpaca"),
-        (frozenset({"chosen", "rejected"}), "trl"),
-        (frozenset({"parts"}), "messages"),
-        (frozenset({"prompt"}), "text"),
-        (frozenset({"text"}), "text"),
-    )
-    found = next((kind for needed, kind in rules if needed <= keys), None)
+    found = next((kind for needed, kind in _FORMAT_BY_KEYS if needed <= keys), None)
     if found is None:
         shown = ", ".join(sorted(map(str, keys))[:8]) or "no keys"
         raise RejectSample(
@@ -132,14 +133,12 @@ def detect(row: Mapping[str, Any]) -> str:
 def _detect_messages(row: Mapping[str, Any], keys: set[str]) -> str:
     if keys & {"rejected_response", "rejected_messages"}:
         return "swift"
-    if keys & {*MEDIA_COLUMNS, *_SINGULAR, "chosen", "rejected", "system", "kto_tag", "label"} or isinstance(
-        row.get("tools"), str
-    ):
+    if keys & _SHAREGPT_COLUMNS or isinstance(row.get("tools"), str):
         return "sharegpt"
     messages = row["messages"]
     if isinstance(messages, (list, tuple)):
         for message in messages:
-            if isinstance(message, Mapping) and ("from" in message or _is_foreign(message.get("role"))):
+            if isinstance(message, OBJECT) and ("from" in message or _is_foreign(message.get("role"))):
                 return "sharegpt"
     return "messages"
 
@@ -274,7 +273,7 @@ def _answers(row: Mapping[str, Any], turns: Turns, tags: Tags) -> tuple[Turns, T
 def _answer(value: object, tags: Tags, place: str) -> Turns:
     if isinstance(value, str):
         return [{"role": "assistant", "content": value}]
-    return chat_messages([value] if isinstance(value, Mapping) else value, tags, place=place)
+    return chat_messages([value] if isinstance(value, OBJECT) else value, tags, place=place)
 
 
 def _num_shared(first: Turns, second: Turns) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 from omniprep.config import Config
 from omniprep.errors import Reason, RejectSample
+from omniprep.records import OBJECT
 
 CALL_ROLES = frozenset({"function_call", "tool_call"})
 RESULT_ROLES = frozenset({"tool", "tool_response", "observation", "function"})
@@ -63,7 +64,7 @@ def chat_messages(value: object, tags: Tags, *, place: str) -> list[dict[str, An
     messages: list[dict[str, Any]] = []
     for number, turn in enumerate(value):
         where = f"{place}.{number}"
-        if not isinstance(turn, Mapping):
+        if not isinstance(turn, OBJECT):
             raise RejectSample(Reason.SCHEMA_INVALID, f"{where}: expected an object, got {turn!r:.80}")
         name = _first(turn, tags.role_tag, "role", "from")
         role = roles.get(name) if isinstance(name, str) else None
@@ -100,10 +101,10 @@ def _first(turn: Mapping[str, Any], named: str | None, *usual: str) -> Any:
 
 def _call(call: object) -> object:
     """Keep of an OpenAI call what the native format knows."""
-    if not isinstance(call, Mapping):
+    if not isinstance(call, OBJECT):
         return call
     function = call.get("function", call)
-    if not isinstance(function, Mapping):
+    if not isinstance(function, OBJECT):
         return call
     known = {key: function[key] for key in ("name", "arguments") if function.get(key) is not None}
     return {"function": known} | ({"id": call["id"]} if isinstance(call.get("id"), str) else {})
@@ -121,7 +122,7 @@ def _add_calls(messages: list[dict[str, Any]], content: object, where: str) -> N
     except (ValueError, RecursionError):
         raise RejectSample(Reason.SCHEMA_INVALID, f"{where}: expected a tool call as JSON text, got {content!r:.80}") from None
     calls = calls if isinstance(calls, list) else [calls]
-    if not all(isinstance(call, Mapping) and ("name" in call or "function" in call) for call in calls):
+    if not all(isinstance(call, OBJECT) and ("name" in call or "function" in call) for call in calls):
         raise RejectSample(
             Reason.SCHEMA_INVALID, f"{where}: expected tool calls with `name` and `arguments`, got {content!r:.80}"
         )
@@ -157,7 +158,7 @@ def tool_list(tools: object) -> list[dict[str, Any]]:
     found = []
     for number, item in enumerate(given):
         tool = _json_if_text(item, f"tools.{number}")  # in Arrow tables: a list of JSON texts
-        if not isinstance(tool, Mapping):
+        if not isinstance(tool, OBJECT):
             raise RejectSample(Reason.SCHEMA_INVALID, f"tools.{number}: expected an object, got {item!r:.80}")
         found.append(dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)})
     return found

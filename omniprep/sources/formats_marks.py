@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from omniprep.errors import Reason, RejectSample
+from omniprep.records import OBJECT
 
 MEDIA_COLUMNS = {"images": "image", "videos": "video", "audios": "audio"}
 _MARK = re.compile(r"<(image|video|audio)>")
@@ -70,7 +71,7 @@ def _count_marks(messages: list[dict[str, Any]], media: MediaColumns) -> Counter
 
 
 def _is_empty_part(part: object, media: MediaColumns) -> bool:
-    kind = part.get("type") if isinstance(part, Mapping) else None
+    kind = part.get("type") if isinstance(part, OBJECT) else None
     return isinstance(kind, str) and kind in media.items and kind not in part  # type: ignore[operator]
 
 
@@ -108,7 +109,7 @@ def _parts(pieces: Sequence[str], queues: Mapping[str, Iterator[Any]], media: Me
 
 
 def _part(kind: str, value: Any, media: MediaColumns) -> dict[str, Any]:
-    part = {"type": kind, **value} if isinstance(value, Mapping) and kind in value else {"type": kind, kind: value}
+    part = {"type": kind, **value} if isinstance(value, OBJECT) and kind in value else {"type": kind, kind: value}
     if kind == "video" and "audio" in media.items:
         # The row lists its sounds itself: a track inside the file is not wanted a second time.
         part.setdefault("audio_in_video", "on" if media.paired else "off")

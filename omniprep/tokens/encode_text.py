@@ -23,28 +23,28 @@ def encode_pieces(pieces: Sequence[Piece], tokenizer: TextTokenizer, policy: Tex
         _refuse_control_tokens(pieces)
     stretches = _stretches(pieces)
     # One call of the tokenizer for a whole record: its cost a call is that of a short text.
-    texts = [stretch.text for stretch in stretches if isinstance(stretch, TextPiece) and not stretch.constant]
+    texts = [stretch.text for stretch in stretches if type(stretch) is TextPiece and not stretch.constant]
     encoded = iter(tokenizer.encode_texts(texts, policy=policy))
     runs: list[TextRun | MediaPiece] = []
     ids: list[int] = []
     spans: list[Span] = []
     for stretch in stretches:
-        if isinstance(stretch, MediaPiece):
+        start = len(ids)
+        if type(stretch) is TextPiece:
+            ids += tokenizer.encode_constant(stretch.text) if stretch.constant else next(encoded)
+        elif type(stretch) is ControlPiece:
+            ids.append(stretch.token_id)
+        elif type(stretch) is MediaPiece:
             runs += [*_run_of(ids, spans), stretch]
             ids, spans = [], []
             continue
-        start = len(ids)
-        if isinstance(stretch, list):
+        else:
             more, supervised = _encode_mixed(stretch, tokenizer, policy)
             ids += more
             for index, on in enumerate(supervised, start):
                 if on:
                     _mark(spans, index, index + 1)
             continue
-        if isinstance(stretch, ControlPiece):
-            ids.append(stretch.token_id)
-        else:
-            ids += tokenizer.encode_constant(stretch.text) if stretch.constant else next(encoded)
         if stretch.supervised:
             _mark(spans, start, len(ids))
     return [*runs, *_run_of(ids, spans)]
@@ -77,15 +77,15 @@ def _stretches(pieces: Sequence[Piece]) -> list[Piece | list[TextPiece]]:
     last: TextPiece | None = None
     joined: dict[int, list[TextPiece]] = {}
     for piece in pieces:
-        if not isinstance(piece, TextPiece):
+        if type(piece) is not TextPiece:
             last = None
-            stretches.append(piece)
-            continue
-        if last is None or _border_is_safe(last.text, piece.text):
-            stretches.append(piece)
+        elif last is None or _border_is_safe(last.text, piece.text):
+            last = piece
         else:
             joined.setdefault(len(stretches) - 1, [last]).append(piece)
-        last = piece
+            last = piece
+            continue
+        stretches.append(piece)
     for index, texts in joined.items():
         stretches[index] = _as_one(texts)
     return stretches

@@ -233,7 +233,7 @@ class _Sheet:
         last = self._segments[-1] if self._segments else None
         if last is not None and last.kind == "text" and last.supervised == supervised:
             start = self._segments.pop().start
-        self._segments.append(Segment(kind="text", start=start, stop=self._num_tokens, supervised=supervised))
+        self._segments.append(Segment("text", start, self._num_tokens, supervised))
 
     def _control(self, token: int, *, shared: bool = False) -> None:
         """Add one control token. `shared`: the next token has the same id."""

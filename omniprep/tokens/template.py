@@ -11,7 +11,7 @@ Tools follow Qwen2.5's own template (the Omni template has none): signatures in 
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, final
 
 from omniprep.config import Config
 from omniprep.profile import QWEN2_5_OMNI, ModelProfile
@@ -31,6 +31,7 @@ class TemplateConfig(Config):
     add_audio_id: bool = False
 
 
+@final
 class TextPiece(NamedTuple):
     """Text to encode. `constant` marks strings of the template itself, which are never user text.
 
@@ -44,6 +45,7 @@ class TextPiece(NamedTuple):
     """Where it stands in the record, if a part of a message is what it is."""
 
 
+@final
 @dataclass(frozen=True, slots=True)
 class ControlPiece:
     """One control token."""
@@ -52,6 +54,7 @@ class ControlPiece:
     supervised: bool = False
 
 
+@final
 @dataclass(frozen=True, slots=True)
 class MediaPiece:
     """A media part; its tokens come from the layout."""
@@ -159,7 +162,7 @@ class ChatTemplate:
             if isinstance(part, TextPart):
                 if part.text:
                     on = supervised if part.loss is None else part.loss
-                    pieces.append(TextPiece(part.text, on, place=f"{place}.{index}"))
+                    pieces.append(TextPiece(part.text, on, False, f"{place}.{index}"))
                 continue
             prefix = count.prefix(part.type)
             if prefix:

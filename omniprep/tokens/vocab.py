@@ -199,9 +199,10 @@ class TextTokenizer:
 
     def encode_texts(self, texts: Sequence[str], *, policy: TextPolicy) -> list[list[int]]:
         """Return the ids of user texts. Raises `RejectSample` (`CONTROL_TOKEN`) under the policy `reject`."""
-        if policy != "allow" and all(len(text) <= _MAX_FAST_CHARACTERS for text in texts):
+        if policy != "allow" and max(map(len, texts), default=0) <= _MAX_FAST_CHARACTERS:
             _refuse_where(policy, texts)
-            return [self._fast.encode_ordinary(text if text.isascii() else _NFC.normalize_str(text)) for text in texts]
+            encode = self._fast.encode_ordinary
+            return [encode(text if text.isascii() else _NFC.normalize_str(text)) for text in texts]
         encodings = self._tokenizer_for(texts, policy).encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
