@@ -16,7 +16,6 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from scipy.fft import rfft
 
 from omniprep.errors import ConfigError
 from omniprep.profile import QWEN2_5_OMNI, ModelProfile
@@ -107,6 +106,8 @@ def _span(waveform: Float32Array, start: int, stop: int, padded_length: int) -> 
 
 def _log_mel_blocks(waveform: Float32Array, profile: ModelProfile) -> tuple[Float32Array, float]:
     """Return ln(mel power), unclamped, as (num_mel_bins, F), and its maximum over the F frames and those past the end."""
+    from scipy.fft import rfft  # a quarter of a second, which builds without new sound need not take
+
     num_samples, width, hop = waveform.shape[0], profile.mel_window, profile.mel_hop
     num_valid, num_frames = profile.num_mel_frames(num_samples), _num_computed_frames(num_samples, profile)
     result = np.empty((profile.num_mel_bins, num_valid), np.float32)
