@@ -19,6 +19,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from omniprep.prepare import prepare as build
 from omniprep.recipe import load_recipe
@@ -26,9 +27,13 @@ from omniprep.shards.manifest import Manifest
 from omniprep.shards.quarantine import QUARANTINE_FOLDER
 from omniprep.storage.folder import Folder, open_folder
 
+on_each_executor = pytest.mark.parametrize(
+    "how", [pytest.param((), id="serial"), pytest.param(("--workers", "2"), id="ray", marks=pytest.mark.ray)]
+)
+"""Gives a test `how`, to be handed to `prepare`."""
 BROKEN_DECODERS = Path(__file__).with_name("broken_decoders")
-WAIT_S = 90.0
-"""Ray alone takes ten seconds to start on a busy machine of two cores."""
+WAIT_S = 300.0
+"""It only ends what hangs: Ray alone takes ten seconds to start on two cores, and more beside other work."""
 
 
 def wait_until(true: Callable[[], Any], *, within_s: float = WAIT_S) -> None:

@@ -14,12 +14,13 @@ import pytest
 from omniprep.prepare import prepare as build
 from omniprep.recipe import load_recipe
 from omniprep.storage.folder import open_folder
-from tests.faults.builds import Decoders, members, omniprep, prepare, rejected_rows
+from tests.faults.builds import Decoders, members, omniprep, on_each_executor, prepare, rejected_rows
 from tests.faults.corpus import Corpus, lines_of, originals_of, write_media_of, write_recipe
 from tests.prepare_builders import chat, tree, write_rows
 
 pytestmark = pytest.mark.media
-TIMEOUT_S = 2.0
+TIMEOUT_S = 6.0
+"""Long for a healthy record of a second, and for one that eats its memory, on a machine that is busy."""
 MADE_TO_FAIL = {
     "0001.jpg": ("segfault", "crashed"),
     "0002.wav": ("abort", "crashed"),
@@ -71,14 +72,15 @@ def keys_of(rows: set[int]) -> set[str]:
 
 
 @pytest.mark.fault("a decoder crashes, hangs, exits, eats memory; a medium is a pipe, a socket, a device")
-@pytest.mark.parametrize("how", ["serial", pytest.param("ray", marks=pytest.mark.ray)])
-def test_each_costs_its_record_and_retry_brings_it_in(healthy, decoders, begin, survived, tmp_path: Path, how: str) -> None:
+@on_each_executor
+def test_each_costs_its_record_and_retry_brings_it_in(
+    healthy, decoders, begin, survived, tmp_path: Path, how: tuple[str, ...]
+) -> None:
     corpus, expected = healthy[0].copy(tmp_path / "own"), healthy[1]
     out = tmp_path / "out"
     listener = harm(corpus)
     decoders.fail({name: action for name, (action, _) in MADE_TO_FAIL.items()})
-    executor = ("--workers", "2") if how == "ray" else ("--executor", "serial")
-    run = begin(prepare(corpus.recipe, out, *executor), decoders.environment)
+    run = begin(prepare(corpus.recipe, out, *how), decoders.environment)
     assert run.wait() == 0, run.told()
     assert "Traceback" not in run.told()
     listener.close()

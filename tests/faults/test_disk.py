@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from omniprep.verify import verify
-from tests.faults.builds import finished, line_of_error, prepare, rerun, watching
+from tests.faults.builds import finished, line_of_error, on_each_executor, prepare, rerun, watching
 from tests.prepare_builders import tree
 
 pytestmark = pytest.mark.media
@@ -38,10 +38,10 @@ def remount(place: Path, option: str) -> None:
 
 
 @pytest.mark.fault("full disk while shards are written")
-@pytest.mark.parametrize("how", ["serial", pytest.param("ray", marks=pytest.mark.ray)])
-def test_a_full_disk(undisturbed, begin, survived, small_disk, tmp_path: Path, how: str) -> None:
+@on_each_executor
+def test_a_full_disk(undisturbed, begin, survived, small_disk, how) -> None:
     disk = small_disk(900_000)
-    command = prepare(undisturbed.corpus.recipe, disk / "out", *(("--workers", "2") if how == "ray" else ()))
+    command = prepare(undisturbed.corpus.recipe, disk / "out", *how)
     with watching(disk / "out") as watch:
         run = begin(command)
         assert run.wait() == 1, run.told()

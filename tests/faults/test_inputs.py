@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from omniprep.shards.manifest import Manifest
 from tests.faults.builds import finished, line_of_error, prepare, rerun
 from tests.faults.corpus import Corpus, row_with, write_recipe
 from tests.prepare_builders import chat, tree
@@ -34,8 +35,11 @@ def written(out: Path) -> dict[str, int]:
     return {path.stem: path.stat().st_ino for path in out.glob("receipts/chat-*.json")}
 
 
-def redone(out: Path, before: dict[str, int]) -> list[str]:
-    return sorted(name for name, number in written(out).items() if number != before.get(name))
+def rerun_and_see(corpus: Corpus, out: Path) -> tuple[Manifest, list[str]]:
+    """Run the same command again; return the manifest and the partitions that were done again."""
+    before = written(out)
+    manifest = rerun(corpus.recipe, out)
+    return manifest, sorted(name for name, number in written(out).items() if number != before.get(name))
 
 
 @pytest.mark.fault("rows are appended while the build runs")
@@ -52,8 +56,9 @@ def test_rows_appended_while_it_runs(own: Corpus, decoders, begin, survived, tmp
     assert "run again" in line_of_error(run.told())
     before = written(out)
     assert len(before) == 3
-    assert rerun(own.recipe, out).num_rows == own.num_rows() == 42
-    assert not set(redone(out, before)) & set(before), "what was finished is kept"
+    manifest, redone = rerun_and_see(own, out)
+    assert manifest.num_rows == own.num_rows() == 42
+    assert not set(redone) & set(before), "what was finished is kept"
     survived(out, num_rows=42, expected=fresh(own, tmp_path))
 
 
@@ -85,21 +90,18 @@ def test_media_that_change_between_builds(own: Corpus, survived, tmp_path: Path)
     photo = own.media / "0021.jpg"
     kept = photo.read_bytes()
 
-    before = written(out)
     photo.write_bytes((own.folder / "originals" / "film.mp4").read_bytes())  # replaced by what is no photo
     assert row_with(own, "0021.jpg") == 21
-    assert rerun(own.recipe, out).rejects["media_corrupt"] == 2
-    assert redone(out, before) == ["chat-00004"]
+    manifest, redone = rerun_and_see(own, out)
+    assert (manifest.rejects["media_corrupt"], redone) == (2, ["chat-00004"])
 
-    before = written(out)
     photo.unlink()
-    assert rerun(own.recipe, out).rejects["media_missing"] == 2
-    assert redone(out, before) == ["chat-00004"]
+    manifest, redone = rerun_and_see(own, out)
+    assert (manifest.rejects["media_missing"], redone) == (2, ["chat-00004"])
 
-    before = written(out)
     photo.write_bytes(kept)
-    rerun(own.recipe, out)
-    assert redone(out, before) == ["chat-00004"]
+    manifest, redone = rerun_and_see(own, out)
+    assert (manifest.rejects["media_missing"], redone) == (1, ["chat-00004"])
     survived(out, num_rows=40, expected=fresh(own, tmp_path))
 
 
@@ -114,12 +116,9 @@ def test_what_a_rerun_cannot_see(own: Corpus, survived, tmp_path: Path) -> None:
     data[5000:6000] = bytes(1000)
     sound.write_bytes(data)
     os.utime(sound, ns=(status.st_atime_ns, status.st_mtime_ns))
-    before = written(out)
-    rerun(own.recipe, out)
-    assert redone(out, before) == [], "a documented limit"
+    assert rerun_and_see(own, out)[1] == [], "a documented limit"
     sound.touch()
-    rerun(own.recipe, out)
-    assert redone(out, before) == ["chat-00000"]
+    assert rerun_and_see(own, out)[1] == ["chat-00000"]
     survived(out, num_rows=40, expected=fresh(own, tmp_path))
 
 
@@ -130,9 +129,7 @@ def test_clocks_do_not_matter(own: Corpus, survived, tmp_path: Path) -> None:
     for number, path in enumerate(sorted(own.media.iterdir())):
         os.utime(path, (0, 4_000_000_000 if number % 2 else 1))
     rerun(own.recipe, out)
-    before = written(out)
     for path in own.media.iterdir():
         os.utime(path, (0, 2_000_000_000))
-    rerun(own.recipe, out)
-    assert redone(out, before) == [], "the content is what it was"
+    assert rerun_and_see(own, out)[1] == [], "the content is what it was"
     survived(out, num_rows=40, expected=fresh(own, tmp_path))

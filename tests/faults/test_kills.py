@@ -15,6 +15,7 @@ from tests.faults.builds import (
     is_running,
     members,
     omniprep,
+    on_each_executor,
     parent_of,
     prepare,
     rejected_rows,
@@ -27,7 +28,6 @@ from tests.prepare_builders import tree
 pytestmark = pytest.mark.media
 GATE, LATER_GATE = "0012.wav", "0036.jpg"
 """Media of the third and the eighth of twelve partitions, neither of them the first of its process."""
-RAY = ("--workers", "2")
 
 
 @pytest.mark.fault("kill -9 of the process that decodes")
@@ -74,17 +74,17 @@ def killed_at(gate: str, undisturbed, decoders, begin, out: Path, *how: str, num
         assert "Traceback" not in run.told()
         assert "***" not in run.told(), "a stack of Ray"
         assert list(out.rglob("*.partial")) == []
-    wait_until(lambda: not any(map(is_running, family)), within_s=40)
+    wait_until(lambda: not any(map(is_running, family)))
     assert not (out / "manifest.json").exists()
     assert 0 < finished(out) < 12
 
 
 @pytest.mark.fault("kill -9 of the driver, twice at different points")
-@pytest.mark.parametrize("how", ["serial", pytest.param("ray", marks=pytest.mark.ray)])
-def test_the_driver_is_killed_twice(undisturbed, decoders, begin, survived, tmp_path: Path, how: str) -> None:
+@on_each_executor
+def test_the_driver_is_killed_twice(undisturbed, decoders, begin, survived, tmp_path: Path, how) -> None:
     out = tmp_path / "out"
     with watching(out) as watch:
-        killed_at(GATE, undisturbed, decoders, begin, out, *(RAY if how == "ray" else ()))
+        killed_at(GATE, undisturbed, decoders, begin, out, *how)
         before = finished(out)
         killed_at(LATER_GATE, undisturbed, decoders, begin, out)
         assert finished(out) > before
@@ -96,25 +96,26 @@ def test_the_driver_is_killed_twice(undisturbed, decoders, begin, survived, tmp_
     survived(out, num_rows=undisturbed.corpus.num_rows(), expected=undisturbed.files)
 
 
-@pytest.mark.fault("SIGTERM to the driver")
-@pytest.mark.parametrize("how", ["serial", pytest.param("ray", marks=pytest.mark.ray)])
-def test_the_driver_is_terminated(undisturbed, decoders, begin, survived, tmp_path: Path, how: str) -> None:
-    out = tmp_path / "out"
+def stopped_and_rerun(undisturbed, decoders, begin, out: Path, *how: str, number: int) -> None:
     with watching(out) as watch:
-        killed_at(GATE, undisturbed, decoders, begin, out, *(RAY if how == "ray" else ()), number=signal.SIGTERM)
+        killed_at(GATE, undisturbed, decoders, begin, out, *how, number=number)
         rerun(undisturbed.corpus.recipe, out)
     watch.check(undisturbed.files)
+
+
+@pytest.mark.fault("SIGTERM to the driver")
+@on_each_executor
+def test_the_driver_is_terminated(undisturbed, decoders, begin, survived, tmp_path: Path, how) -> None:
+    out = tmp_path / "out"
+    stopped_and_rerun(undisturbed, decoders, begin, out, *how, number=signal.SIGTERM)
     survived(out, num_rows=undisturbed.corpus.num_rows(), expected=undisturbed.files)
 
 
 @pytest.mark.fault("Ctrl-C in a terminal: SIGINT to every process of the group")
-@pytest.mark.parametrize("how", ["serial", pytest.param("ray", marks=pytest.mark.ray)])
-def test_interrupted_in_a_terminal(undisturbed, decoders, begin, survived, tmp_path: Path, how: str) -> None:
+@on_each_executor
+def test_interrupted_in_a_terminal(undisturbed, decoders, begin, survived, tmp_path: Path, how) -> None:
     out = tmp_path / "out"
-    with watching(out) as watch:
-        killed_at(GATE, undisturbed, decoders, begin, out, *(RAY if how == "ray" else ()), number=signal.SIGINT)
-        rerun(undisturbed.corpus.recipe, out)
-    watch.check(undisturbed.files)
+    stopped_and_rerun(undisturbed, decoders, begin, out, *how, number=signal.SIGINT)
     survived(out, num_rows=undisturbed.corpus.num_rows(), expected=undisturbed.files)
 
 
@@ -125,9 +126,9 @@ def test_a_record_whose_process_is_always_killed(undisturbed, decoders, begin, s
     decoders.fail({GATE: "gate"})
     run = begin(prepare(undisturbed.corpus.recipe, out), decoders.environment)
     for _ in range(2):
-        mark = decoders.folder / f"at-{GATE}"
-        os.kill(decoders.wait_at(GATE), signal.SIGKILL)
-        mark.unlink()
+        child = decoders.wait_at(GATE)
+        (decoders.folder / f"at-{GATE}").unlink()  # before the next process can leave its own
+        os.kill(child, signal.SIGKILL)
     assert run.wait() == 0, run.told()
     (row,) = [row for row in rejected_rows(open_folder(str(out))) if row["reason"] == "crashed"]
     assert row["row"] == 12
