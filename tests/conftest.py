@@ -1,6 +1,7 @@
 """What every test may ask for: the fetched samples, an ffmpeg, single-threaded libraries, and repeatable hypothesis runs."""
 
 import os
+import signal
 from pathlib import Path
 
 # Before numpy is imported: threads of a maths library would fight those of the other test worker.
@@ -12,6 +13,10 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and with them each program whose Ctrl-C they test.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Here and not beside the tests it belongs to: with xdist the process that prints does not load their conftest.py.
 from tests.faults.report import pytest_terminal_summary  # noqa: E402, F401
@@ -33,9 +38,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("ray"):
             item.add_marker(pytest.mark.xdist_group("ray"))
-        if item.get_closest_marker("ray") or item.path.parent.name in ("faults", "run", "storage", "fuzz"):
-            # They race with processes, nodes and clocks. A defect fails every time; a machine that is busy, once.
-            item.add_marker(pytest.mark.flaky(reruns=2))
 
 
 @pytest.fixture(scope="session")
