@@ -1,14 +1,16 @@
 """An encoded sample as the model's own arguments: names and dtypes of transformers' Thinker and its processor."""
 
 from collections.abc import Sequence
+from itertools import accumulate
+from math import prod
 
 import numpy as np
 import numpy.typing as npt
 
-from omniprep.features.patches import patchify
+from omniprep.features.patches import num_patch_columns, patchify
 from omniprep.media.frames import decode_frames
 from omniprep.profile import QWEN2_5_OMNI, ModelProfile
-from omniprep.types import EncodedAudio, EncodedSample, EncodedVision, Float32Array
+from omniprep.types import EncodedSample, EncodedVision, Float32Array
 
 
 def model_inputs(
@@ -29,7 +31,7 @@ def model_inputs(
         "position_ids": layout.position_ids.astype(np.int64),
     }
     if sample.audio:
-        inputs["input_features"], inputs["feature_attention_mask"] = _features(sample.audio, profile)
+        inputs["input_features"], inputs["feature_attention_mask"] = pad_mel([item.mel for item in sample.audio])
     images = [item for item in sample.vision if item.kind == "image"]
     videos = [item for item in sample.vision if item.kind == "video"]
     if images:
@@ -42,16 +44,30 @@ def model_inputs(
     return inputs
 
 
-def _features(audio: Sequence[EncodedAudio], profile: ModelProfile) -> tuple[Float32Array, npt.NDArray[np.int32]]:
-    longest = max(item.num_mel_frames for item in audio)
-    features = np.zeros((len(audio), profile.num_mel_bins, longest), np.float32)
-    mask = np.zeros((len(audio), longest), np.int32)
-    for index, item in enumerate(audio):
-        features[index, :, : item.num_mel_frames] = item.mel
-        mask[index, : item.num_mel_frames] = 1
+def pad_mel(
+    items: Sequence[npt.NDArray[np.floating]],
+) -> tuple[Float32Array, npt.NDArray[np.int32]]:
+    """Return `input_features` (n, bins, F_max) float32, zero behind each item's end, and `feature_attention_mask` (n, F_max).
+
+    `items` are (bins, F) log-mels; there is at least one.
+
+    >>> features, mask = pad_mel([np.ones((128, 3), np.float16), np.ones((128, 1), np.float16)])
+    >>> features.shape, mask.tolist()
+    ((2, 128, 3), [[1, 1, 1], [1, 0, 0]])
+    """
+    longest = max(item.shape[1] for item in items)
+    features = np.zeros((len(items), items[0].shape[0], longest), np.float32)
+    mask = np.zeros((len(items), longest), np.int32)
+    for index, item in enumerate(items):
+        features[index, :, : item.shape[1]] = item
+        mask[index, : item.shape[1]] = 1
     return features, mask
 
 
 def _pixels(items: Sequence[EncodedVision], profile: ModelProfile) -> Float32Array:
-    frames = (decode_frames(item.frames, item.frame_format, height=item.height, width=item.width) for item in items)
-    return np.concatenate([patchify(stack, profile) for stack in frames])
+    counts = [prod(item.grid_thw) for item in items]
+    rows = np.empty((sum(counts), num_patch_columns(profile)), np.float32)
+    for item, start, count in zip(items, accumulate(counts, initial=0), counts, strict=False):
+        frames = decode_frames(item.frames, item.frame_format, height=item.height, width=item.width)
+        patchify(frames, profile, out=rows[start : start + count])
+    return rows

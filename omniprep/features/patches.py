@@ -78,8 +78,11 @@ def patchify(frames: Uint8Array, profile: ModelProfile = QWEN2_5_OMNI, *, out: F
         raise ValueError(f"expected (n >= 1, H, W, 3), got {frames.shape = }")
     num_steps, grid_h, grid_w = profile.grid_thw(num_frames, height, width)
     per_step = grid_h * grid_w
+    expected = (num_steps * per_step, num_patch_columns(profile))
     if out is None:
-        out = np.empty((num_steps * per_step, num_patch_columns(profile)), np.float32)
+        out = np.empty(expected, np.float32)
+    elif out.shape != expected:
+        raise ValueError(f"expected room for {expected}, got {out.shape = }")
     for step in range(num_steps):
         first = step * profile.temporal_patch_size
         pair = [frames[min(first + number, num_frames - 1)] for number in range(profile.temporal_patch_size)]

@@ -28,7 +28,7 @@ def decode_frame(
 ) -> Uint8Array:
     """Return the (height, width, 3) uint8 RGB frame that `encode_frame` stored.
 
-    A JPEG is decoded into `out` if that is given, a C-ordered (height, width, 3) array; raw pixels are a view of `data`.
+    A JPEG is decoded into `out` if that is given, a C-ordered array of at least as many bytes; raw pixels are a view of `data`.
     Raises `DatasetError` if the bytes are not a frame of that size.
     """
     if frame_format == "raw":
