@@ -1,9 +1,9 @@
 """Datasets blended by weight, the ratio exact at every prefix.
 
 ```
-a (weight 0.5)   |  .  |  .  |  .  |  .  |        each sample sits in the middle of its stretch of a common clock,
-b (weight 0.3)   |    .    |    .    |    .       which is its amount (1, or its tokens) divided by the weight;
-c (weight 0.2)   |       .       |       .        reading left to right gives a b a c b a a b a c …
+a (weight 0.5)  . | . | . | . | .        each sample is in the middle of its stretch of a common clock, which
+b (weight 0.3)  .  |  .  |  .  |         is as long as its amount (1, or its tokens) divided by the weight;
+c (weight 0.2)    .    |    .    |       read from left to right this is a b c a a b a c b a
 ```
 
 Of the first n samples, dataset i has n·w_i give or take 0.5 + 0.5·w_i·(K - 2) of K datasets: less than one sample for up
