@@ -118,22 +118,23 @@ def prepare(
             raise typer.Exit(EXIT_FINDINGS)
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM: what a cluster sends before it takes a machine away."""
-
-
-def _terminate(*_: object) -> None:
-    raise _Terminated
-
-
 @contextmanager
 def _kept_on_interrupt(output: str, stack: ExitStack) -> Iterator[None]:
-    before = signal.signal(signal.SIGTERM, _terminate)
+    terminated = False
+
+    def terminate(*_: object) -> None:
+        # SIGTERM is what a cluster sends before it takes a machine away. An exception of a class of its own would not tell it
+        # from Ctrl-C: what a handler raises in the middle of one of Ray's calls becomes a KeyboardInterrupt that Ray makes.
+        nonlocal terminated
+        terminated = True
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
-    except KeyboardInterrupt as interrupt:
+    except KeyboardInterrupt:
         stack.close()
-        what, code = ("terminated", EXIT_TERMINATED) if isinstance(interrupt, _Terminated) else ("interrupted", EXIT_INTERRUPTED)
+        what, code = ("terminated", EXIT_TERMINATED) if terminated else ("interrupted", EXIT_INTERRUPTED)
         say(f"{what}; finished partitions are kept in {output}. The same command goes on from here.")
         raise typer.Exit(code) from None
     finally:

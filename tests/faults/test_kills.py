@@ -8,7 +8,9 @@ import signal
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from omniprep.cli import app
 from omniprep.storage.folder import open_folder
 from tests.faults.builds import (
     finished,
@@ -109,6 +111,21 @@ def test_the_driver_is_terminated(undisturbed, decoders, begin, survived, tmp_pa
     out = tmp_path / "out"
     stopped_and_rerun(undisturbed, decoders, begin, out, *how, number=signal.SIGTERM)
     survived(out, num_rows=undisturbed.corpus.num_rows(), expected=undisturbed.files)
+
+
+def test_a_termination_that_comes_back_as_an_interrupt_is_told_as_one(undisturbed, tmp_path: Path, monkeypatch) -> None:
+    """As Ray does it with whatever a handler raises inside one of its calls."""
+
+    def interrupted(*_: object, **__: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+        except BaseException:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr("omniprep.prepare.prepare", interrupted)
+    result = CliRunner().invoke(app, ["prepare", str(undisturbed.corpus.recipe), "--out", str(tmp_path / "out")])
+    assert (result.exit_code, result.stderr[:12]) == (143, "terminated; ")
 
 
 @pytest.mark.fault("Ctrl-C in a terminal: SIGINT to every process of the group")

@@ -158,8 +158,7 @@ def build_gpu(folder: Path):
 @pytest.fixture(scope="module")
 def cluster() -> Iterator["object"]:
     """A head without CPUs and one node of one CPU; tests add what they break."""
-    # Of `ray://`: the server that is started for each client may take longer than thirty seconds.
-    os.environ.update(DRIVER_ENVIRONMENT, RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S=f"{WAIT_S:.0f}")
+    os.environ.update(DRIVER_ENVIRONMENT)
     from ray.cluster_utils import Cluster
 
     port = free_port()
@@ -214,6 +213,20 @@ def driver(code: str, **environment: str) -> subprocess.Popen:
         text=True,
         cwd=ROOT,
     )
+
+
+def output_of_client(code: str, **environment: str) -> str:
+    """Start a driver again while Ray's proxy cannot start its server for it.
+
+    The proxy forks that while other threads of its own are in gRPC; now and then, on a busy machine, the child is dead at once.
+    """
+    for _ in range(3):
+        process = driver(code, **environment)
+        out, err = process.communicate(timeout=WAIT_S)
+        if "Starting Ray client server failed" not in err:
+            break
+    assert process.returncode == 0, err
+    return out
 
 
 def output_of(process: subprocess.Popen) -> str:
@@ -318,7 +331,7 @@ def test_a_killed_driver_takes_its_tasks_along_and_another_can_follow(cluster, t
 @pytest.mark.parametrize("kind", ["client", "auto"])
 def test_other_ways_to_name_a_cluster(cluster, tmp_path: Path, kind: str) -> None:
     address = cluster.client_address if kind == "client" else "auto"
-    process = driver(
+    out = output_of_client(
         f"""
         seen = []
         options = RayOptions(address={address!r})
@@ -329,7 +342,7 @@ def test_other_ways_to_name_a_cluster(cluster, tmp_path: Path, kind: str) -> Non
         """,
         RAY_ADDRESS=cluster.address,
     )
-    assert output_of(process).strip() == str([(number, number * number) for number in range(8)])
+    assert out.strip() == str([(number, number * number) for number in range(8)])
     assert len(marks(tmp_path)) == 8
 
 
