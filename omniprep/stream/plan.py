@@ -7,7 +7,11 @@ catalogs ── order ──> passes ── blend ──> samples ── pack �
 ```
 
 A position in training is an epoch and a step. To resume is to make the plan again, which takes about as long as reading the
-catalogs, and to go on from there, with any number of ranks and workers: neither is part of the plan.
+catalogs, and to go on from there, with any number of ranks and workers: neither is part of the plan. Nor is anything that
+differs between machines: what decides an order are whole numbers and single roundings, no sums of fractions.
+
+The blend is exact at every prefix of the samples. Packing and grouping then move a sample by no more than a packing window
+(about 128 bins) and a stretch of 32 steps (of 128 bins at least).
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,16 +37,17 @@ PLAN_VERSION = 1
 """Counts up when the same settings give another plan."""
 
 _MAX_DATASETS = np.iinfo(np.int16).max
+_MAX_LIMIT = (1 << 31) - 1
 
 
 class PlanConfig(Config):
     """How an epoch is planned."""
 
-    max_tokens: int = Field(default=8192, ge=1)
+    max_tokens: int = Field(default=8192, ge=1, le=_MAX_LIMIT)
     """Tokens of a bin at most; of a padded batch with its padding."""
-    max_mel_frames: int | None = Field(default=None, ge=1)
+    max_mel_frames: int | None = Field(default=None, ge=1, le=_MAX_LIMIT)
     """Mel frames of a bin at most: what bounds the audio encoder's memory. 100 a second."""
-    max_patches: int | None = Field(default=None, ge=1)
+    max_patches: int | None = Field(default=None, ge=1, le=_MAX_LIMIT)
     """Vision patches of a bin at most: four a token."""
     batching: Literal["packed", "padded", "single"] = "packed"
     """`packed` documents one after another in one row; `padded` a batch of samples of similar length; `single` one sample."""
