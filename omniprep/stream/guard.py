@@ -7,7 +7,7 @@ transformers keeps them apart only if all of this holds together, and says nothi
 * no cache is made: `use_cache=False` is in the call, or it is in the *text* configuration, whose default is what counts.
   `model.config.use_cache = False`, which trainers set, does not reach it.
 
-Measured on the tiny Thinker: each of these moves logits by 0.1 or more; a right call is within 1e-5 of documents alone.
+Measured on the tiny Thinker, the last of three documents: each of these moves its logits by 0.7, a right call by 2e-7.
 """
 
 from collections.abc import Mapping
