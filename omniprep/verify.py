@@ -23,6 +23,7 @@ from omniprep.shards.quarantine import QUARANTINE_FOLDER, blob_name, read_quaran
 from omniprep.shards.reader import ShardReader
 from omniprep.shards.writer import BLOCK_BYTES, tar_header
 from omniprep.storage.folder import Folder, Place, as_folder, sha256_of
+from omniprep.stream.energon import ENERGON_FOLDER, ENERGON_SUFFIX, energon_is_current
 from omniprep.types import Int64Array
 from omniprep.verify_sample import check_sample
 
@@ -72,8 +73,13 @@ def _check_files(folder: Folder, manifest: Manifest, present: Mapping[str, int])
             yield Finding(shard=name, message=f"expected sha256 {expected[name][:16]}…, got {found[:16]}…: its bytes changed")
     for name in folder.partials():
         yield Finding(shard=name, message="half-written file of a build that was killed; run the same `omniprep prepare`")
-    for name in sorted(set(present) - set(expected) - {MANIFEST_NAME}):
-        if not name.startswith(f"{RECEIPTS_FOLDER}/"):
+    if energon_is_current(folder) is False:
+        yield Finding(
+            shard=ENERGON_FOLDER, message="describes an older state of the dataset; run `omniprep export energon` again"
+        )
+    exported = {f"{shard.name}{ENERGON_SUFFIX}" for shard in manifest.shards}
+    for name in sorted(set(present) - set(expected) - exported - {MANIFEST_NAME}):
+        if not name.startswith((f"{RECEIPTS_FOLDER}/", f"{ENERGON_FOLDER}/")):
             yield Finding(shard=name, message="not in the manifest; remove it, for readers that glob would read it")
 
 
