@@ -33,7 +33,7 @@ LAYERS = {
     **dict.fromkeys(("reference", "encode_files", "inspect", "audit", "train", "diff", "quarantine_report"), 5),
     **dict.fromkeys(("cli", "terminal", "__main__"), 6),
 }
-ONLY_IN = {"ray": {"run/ray"}, "torch": {"train/", "features/", "media/", "reference.py", "verify_reference.py"}}
+ONLY_IN = {"ray": {"run/ray", "stream/views"}, "torch": {"train/", "features/", "media/", "reference.py", "verify_reference.py"}}
 """Libraries that only these files or folders may import."""
 NEVER_AT_THE_TOP = {
     "torch",

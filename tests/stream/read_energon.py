@@ -17,7 +17,6 @@ from megatron.energon import WorkerConfig, get_loader, get_train_dataset  # noqa
 
 from omniprep.stream import energon  # noqa: E402
 
-
 CODE = re.findall(r"```\n(from megatron.*?)```", energon.__doc__ or "", re.DOTALL)
 assert len(CODE) == 1
 exec(CODE[0], globals())  # its classes cross from Energon's workers to here, so they must be found in this module
