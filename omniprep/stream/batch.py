@@ -28,6 +28,7 @@ from omniprep.types import Float32Array, Int32Array, Int64Array
 
 ModelInput = npt.NDArray[np.generic] | int | bool
 VisionKind = Literal["image", "video"]
+_KINDS: tuple[VisionKind, ...] = ("image", "video")
 
 _NUM_POSITION_ROWS = 4
 """Place in the document, temporal, height, width."""
@@ -213,7 +214,7 @@ def pad(
         mask[row, : document.num_tokens] = 1
     if not documents:
         tokens.put_padding(row=0, start=0, first_position=0)
-        mask[0, 0] = 1  # a row that sees nothing at all would come out as NaN
+        mask[0, 0] = 1  # attention kernels that take padding off are left with one token
     borders = np.cumsum([0, *(document.num_tokens for document in documents)], dtype=np.int32)
     if not documents:
         borders = np.array([0, 1], np.int32)
@@ -250,7 +251,10 @@ def _documents(records: Sequence[Record], profile: ModelProfile) -> list[_Docume
 
 
 def _document(number: int, record: Record, sequence: str, profile: ModelProfile) -> _Document:
-    """Return one document with its media: all of the record's, or, in a preference, none. Raises `DamagedRecord`."""
+    """Return one document with its media: all of the record's, or, if it is one of two that has no placeholders, none.
+
+    Raises `DamagedRecord` if its placeholders are not those of the media.
+    """
     tokens, special = record.tokens[sequence], profile.special
     if not tokens.shape[1]:
         raise DamagedRecord(number, record.key, f"{sequence}: no tokens")
@@ -265,9 +269,6 @@ def _document(number: int, record: Record, sequence: str, profile: ModelProfile)
         detail = f"{sequence}: (audio, image, video) tokens are {given}, its media make {needed}"
         raise DamagedRecord(number, record.key, detail)
     return _Document(number, record, sequence, tokens, record.audio, record.vision)
-
-
-_KINDS: tuple[VisionKind, ...] = ("image", "video")
 
 
 class _Tokens(NamedTuple):

@@ -73,6 +73,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "film": ask(VIDEO_WITH_SOUND),
     # Images before and after videos: the model takes all images and all videos of a row by themselves.
     "mixed": ask(IMAGES[0], VIDEO, AUDIO[1], VIDEO_WITH_SOUND, IMAGES[1], AUDIO[0]),
+    # For pretraining: supervised from its first token on.
+    "document": {"parts": [{"type": "text", "text": "It rains. "}, IMAGES[1], {"type": "text", "text": "It has stopped."}]},
     "text pair": prefer(),
     "media pair": prefer(IMAGES[1], VIDEO_WITH_SOUND, AUDIO[0]),
 }

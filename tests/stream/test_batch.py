@@ -92,6 +92,8 @@ def test_a_packed_row_is_its_documents_one_after_another(names: list[str], room:
     assert batch.document_lengths.tolist() == lengths
     assert batch.num_tokens == total
     assert batch.num_supervised == sum(np.count_nonzero(document["labels"][1:] != IGNORE_INDEX) for document in expected)
+    # So a trainer that counts labels (`num_items_in_batch`) counts the same.
+    assert batch.num_supervised == np.count_nonzero(batch.labels != IGNORE_INDEX)
     assert "attention_mask" not in batch.model_inputs() and batch.model_inputs()["use_cache"] is False
 
 
@@ -139,6 +141,7 @@ def test_no_records_make_a_batch_that_teaches_nothing(make, pad_to: int | None) 
     assert batch.documents == () and batch.num_tokens == batch.num_supervised == 0
     assert batch.input_ids.shape == (1, pad_to or 1)
     check_padding(batch, 0, 0)
+    assert batch.attention_mask is None or batch.attention_mask.sum() == 1
     assert set(batch.model_inputs()) <= {"input_ids", "labels", "position_ids", "use_cache", "attention_mask"}
     assert batch.pairs.shape == (0, 2) and batch.document_lengths.shape == (0,)
 

@@ -134,6 +134,12 @@ def test_a_label_at_the_first_token_of_a_document_teaches_across_the_border() ->
         check_packed({**inputs, "labels": labels})
 
 
+def test_a_label_at_the_first_token_of_a_row_teaches_nothing_and_is_accepted() -> None:
+    labels = good_inputs()["labels"].copy()
+    labels[0, 0] = 7
+    check_packed(good_inputs(labels=labels))
+
+
 def test_shifted_labels_end_with_their_document() -> None:
     batch = pack([record(name) for name in NAMES])
     inputs = batch.model_inputs() | {"shift_labels": batch.shift_labels}
