@@ -30,16 +30,12 @@ _HEADER_FACTS = 136
 class ShardBytes(Protocol):
     """The bytes of a shard."""
 
-    is_remote: bool
-
     def fill(self, view: memoryview, offset: int) -> int:
         """Read from `offset` on until `view` is full or the file ends; return the number of bytes read."""
 
 
 class FileBytes:
     """A shard on a disk. It is closed when nobody refers to it: no thread reads from a descriptor that means another file."""
-
-    is_remote = False
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -58,8 +54,6 @@ class FileBytes:
 
 class RangeBytes:
     """A shard in a store, read by ranges."""
-
-    is_remote = True
 
     def __init__(self, reader: RandomReader) -> None:
         self._reader = reader
@@ -96,7 +90,6 @@ class OpenShard:
 
     def __init__(self, *, place: str, source: str, form: MemberFormat, data: ShardBytes, locations: Locations) -> None:
         self.place = place
-        self.is_remote = data.is_remote
         self.num_index_bytes = locations.num_bytes
         self._source, self._data = source, data
         self._facts, self._keys, self._digests = locations.facts, locations.keys, locations.digests
@@ -169,11 +162,14 @@ def read_locations(
     try:
         if with_sha256 and sha256_of(folder, shard.index_name) != shard.index_sha256:
             raise DatasetError(f"{place}: its sha256 is not the manifest's: it was changed or damaged; copy it again")
-        table = read_index_table(folder, shard.index_name, ("key", *_NUMBERS, *_LISTS, *(["content_sha256"] * with_sha256)))
     except FileNotFoundError:
         raise DatasetError(
             f"{place}: is missing, though the manifest names its shard; copy it there, or build it again"
         ) from None
+    try:
+        table = read_index_table(folder, shard.index_name, ("key", *_NUMBERS, *_LISTS, *(["content_sha256"] * with_sha256)))
+    except DatasetError as error:
+        raise DatasetError(f"{folder.place}/{error}; copy it there again, or build it again") from None
     try:
         columns = {name: _values(table, name) for name in (*_NUMBERS, *_LISTS)}
         facts = _facts(columns, num_members=len(form.names), num_bytes=shard.num_bytes)

@@ -110,6 +110,7 @@ class RecordReader:
         self._cache, self._check = cache, check
         self._max_open, self._max_index_bytes = max_open, max_index_bytes
         self._folders = [as_folder(catalog.place) for catalog in self._catalogs]
+        self._by_requests = [cache is None and not isinstance(folder, LocalFolder) for folder in self._folders]
         self._starts = [catalog.starts.tolist() for catalog in self._catalogs]
         self._shards: OrderedDict[tuple[int, int], OpenShard] = OrderedDict()
         self._lock = Lock()
@@ -132,7 +133,8 @@ class RecordReader:
 
     def read(self, dataset: int, sample: int) -> Record:
         """Return one sample, in a buffer of its own. Raises `DatasetError` if it cannot be read."""
-        shard, number = self._find(dataset, sample)
+        dataset, at, number = self._locate(dataset, sample)
+        shard = self._shard(dataset, at)
         facts = shard.facts(number)
         try:
             return shard.read(number, facts, np.empty(facts[SIZE], np.uint8).data)
@@ -146,20 +148,21 @@ class RecordReader:
 
         Raises `DatasetError` if these are more than `max_corrupt`, or if a shard or its index is not there.
         """
-        found = [self._find(dataset, sample) for dataset, sample in samples]
-        facts = [shard.facts(number) for shard, number in found]
+        places = [self._locate(dataset, sample) for dataset, sample in samples]
+        # No shard is held from here to its turn: a cache may have room for fewer than a bin comes from.
+        facts = [self._shard(dataset, at).facts(number) for dataset, at, number in places]
         ends = list(accumulate([one[SIZE] for one in facts], initial=0))
         buffer = self._buffers.take(ends[-1])
         view = memoryview(buffer)
         views = [view[start:end] for start, end in pairwise(ends)]
-        is_remote = any([shard.is_remote for shard, _ in found])
-        records = list((self._pool().map if is_remote else map)(self._try, found, facts, views))
+        by_requests = any([self._by_requests[dataset] for dataset, _ in samples])
+        records = list((self._pool().map if by_requests else map)(self._try, places, facts, views))
         kept = [(pair, record) for pair, record in zip(samples, records, strict=True) if record is not None]
         return BinRecords([record for _, record in kept], [pair for pair, _ in kept], partial(self._buffers.give_back, buffer))
 
     def shard_of(self, dataset: int, sample: int) -> tuple[int, int]:
         """Return (dataset, number of the shard in its catalog): what `prefetch` takes."""
-        return dataset, bisect_right(self._starts[dataset], sample) - 1
+        return self._locate(dataset, sample)[:2]
 
     def prefetch(self, shards: Iterable[tuple[int, int]]) -> None:
         """Have the cache fetch remote shards ahead, in the order in which they will be read; what it was told before is void."""
@@ -175,24 +178,29 @@ class RecordReader:
         if threads is not None:
             threads.shutdown()
 
-    def _try(self, found: tuple[OpenShard, int], facts: list[int], view: memoryview) -> Record | None:
-        shard, number = found
+    def _try(self, place: tuple[int, int, int], facts: list[int], view: memoryview) -> Record | None:
+        dataset, at, number = place
+        shard = self._shard(dataset, at)
         try:
             return shard.read(number, facts, view)
         except DatasetError as error:
             self._corrupt.add(shard.corrupt(number, error))
             return None
 
-    def _find(self, dataset: int, sample: int) -> tuple[OpenShard, int]:
+    def _locate(self, dataset: int, sample: int) -> tuple[int, int, int]:
+        """Return dataset, shard and record of a sample: as `Catalog.locate`, in a tenth of the time."""
         starts = self._starts[dataset]
         if not 0 <= sample < starts[-1]:
             raise IndexError(f"{self._catalogs[dataset].place}: sample {sample}: there are {starts[-1]}")
         at = bisect_right(starts, sample) - 1
+        return dataset, at, sample - starts[at]
+
+    def _shard(self, dataset: int, at: int) -> OpenShard:
         with self._lock:
             shard = self._shards.get((dataset, at))
             if shard is not None:
                 self._shards.move_to_end((dataset, at))
-        return shard or self._open(dataset, at), sample - starts[at]
+        return shard or self._open(dataset, at)
 
     def _open(self, dataset: int, at: int) -> OpenShard:
         catalog, folder = self._catalogs[dataset], self._folders[dataset]

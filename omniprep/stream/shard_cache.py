@@ -231,7 +231,8 @@ def _claim(path: Path, num_bytes: int) -> int | None:
     fcntl.flock(descriptor, fcntl.LOCK_SH)  # exclusive ones are held for moments only
     stat = os.fstat(descriptor)
     if stat.st_nlink and stat.st_size == num_bytes:
-        os.utime(descriptor)
+        now = time.time_ns()  # finer than the kernel's own idea of now
+        os.utime(descriptor, ns=(now, now))
         return descriptor
     os.close(descriptor)
     if stat.st_nlink:  # not what we wrote: cut by hand, or by a file system that lost it

@@ -55,7 +55,9 @@ def write_dataset(
                 place, source=sample.source, partition=0, form=form, max_shard_bytes=max_shard_bytes
             )
         writers[sample.source].add(to_record(sample, form))
-    shards = tuple(sorted((shard for writer in writers.values() for shard in writer.close()), key=lambda shard: shard.name))
+    found = [shard for _, writer in sorted(writers.items()) for shard in writer.close()]
+    # The first shard of a partition has no number in its name: so sorted, sample i of the catalog is the i-th of its source.
+    shards = tuple(sorted(found, key=lambda shard: (shard.source, len(shard.name), shard.name)))
     manifest = _manifest(shards, form)
     write_manifest(place, manifest)
     return manifest
