@@ -305,3 +305,57 @@ def test_memory_stays_flat_over_ten_epochs(tmp_path: Path) -> None:
     found = json.loads(done.stdout)
     # The first epochs take what is kept; a leak of one record in an epoch would be 3 MB in these ten.
     assert max(found[2:]) - found[2] < 1 << 20, found
+
+
+def damaged(data: bytes, rng: np.random.Generator) -> bytes:
+    """Return bytes with a few changed, a block of them zeroed, or the end cut off."""
+    changed = bytearray(data)
+    match rng.integers(3):
+        case 0:
+            for at in rng.integers(0, len(data), 20):
+                changed[at] ^= 1 << int(rng.integers(8))
+        case 1:
+            at = int(rng.integers(len(data)))
+            changed[at : at + 4096] = bytes(len(changed[at : at + 4096]))
+        case _:
+            del changed[int(rng.integers(len(data))) :]
+    return bytes(changed)
+
+
+def test_whatever_happens_to_a_shard_what_is_read_was_stored(catalog: Catalog) -> None:
+    rng = np.random.default_rng(3)
+    paths = [Path(catalog.place, shard.name) for shard in catalog.shards]
+    num_read = 0
+    for _ in range(60):
+        path = paths[int(rng.integers(len(paths)))]
+        data = path.read_bytes()
+        path.write_bytes(damaged(data, rng))
+        reader = RecordReader([catalog], check="sha256", max_corrupt=len(SAMPLES))
+        with reader.read_bin(ALL) as records:
+            num_read += len(records)
+            assert len(records) + reader.num_corrupt == len(SAMPLES)
+            for record, (_, number) in zip(records, records.samples, strict=True):
+                sample = SAMPLES[number]
+                np.testing.assert_array_equal(record.tokens["tokens"][2:], sample.layouts["tokens"].position_ids)
+                assert bytes(record.frames) == b"".join(frame for item in sample.vision for frame in item.frames)
+        RecordReader([catalog], max_corrupt=len(SAMPLES)).read_bin(ALL).release()
+        path.write_bytes(data)
+    assert len(SAMPLES) * 30 < num_read < len(SAMPLES) * 60
+
+
+def test_whatever_happens_to_an_index_the_error_says_which(catalog: Catalog) -> None:
+    rng = np.random.default_rng(4)
+    path = Path(catalog.place, catalog.shards[0].index_name)
+    data = path.read_bytes()
+    num_refused = 0
+    for _ in range(150):
+        path.write_bytes(damaged(data, rng))
+        try:
+            with RecordReader([catalog], max_corrupt=len(SAMPLES)).read_bin(ALL) as records:
+                assert len(records) <= len(SAMPLES)
+        except DatasetError as error:
+            num_refused += 1
+            assert path.name in str(error) or path.stem in str(error)
+        with pytest.raises(DatasetError, match=path.stem):
+            RecordReader([catalog], check="sha256").read(0, 0)
+    assert num_refused > 75
