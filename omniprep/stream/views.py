@@ -18,6 +18,7 @@ of them end the run, as everywhere.
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -155,7 +156,7 @@ def _datasource(catalog: Catalog, *, max_corrupt: int) -> Any:
             num_bytes = self.estimate_inmemory_data_size() // len(catalog)
             return [
                 ReadTask(
-                    partial(_blocks, catalog, piece, max_corrupt=max_corrupt),
+                    partial(_blocks, *_part(catalog, piece), max_corrupt=max_corrupt),
                     BlockMetadata(
                         num_rows=None,  # known of a range, but a record that cannot be read is left out
                         size_bytes=num_bytes * (piece[1] - piece[0]),
@@ -168,6 +169,16 @@ def _datasource(catalog: Catalog, *, max_corrupt: int) -> Any:
             ]
 
     return _OmniPrep()
+
+
+def _part(catalog: Catalog, piece: Range) -> tuple[Catalog, Range]:
+    """Return a catalog of only those shards that a range lies in, and the range there: what a task is sent stays small."""
+    first, last = (catalog.locate(sample)[0] for sample in (piece[0], piece[1] - 1))
+    starts = catalog.starts[first : last + 2]
+    base, end = int(starts[0]), int(starts[-1])
+    columns = {name: getattr(catalog, name)[base:end] for name in ("num_tokens", "longest", "num_mel_frames", "num_patches")}
+    part = replace(catalog, shards=catalog.shards[first : last + 1], starts=starts - base, **columns)
+    return part, (piece[0] - base, piece[1] - base)
 
 
 def _blocks(catalog: Catalog, piece: Range, *, max_corrupt: int) -> Iterator["pa.Table"]:

@@ -15,6 +15,7 @@ from omniprep.shards.manifest import read_manifest
 from omniprep.shards.members import MemberFormat, load_npy
 from omniprep.shards.reader import ShardReader
 from omniprep.stream import views
+from omniprep.stream.catalog import read_catalog
 from omniprep.stream.views import cut, hf_dataset, ray_dataset
 from tests.benchmarks.stream_corpus import write_dataset
 from tests.shards.builders import media_sample, preference_sample, text_sample
@@ -196,6 +197,18 @@ def test_hf_reads_the_tars_without_omniprep(dataset: Path, tmp_path: Path) -> No
         assert row["frames.mjpg"] == members["frames.mjpg"]
 
 
+@pytest.mark.parametrize("piece", [(0, 1), (3, 4), (5, 17), (0, NUM_SAMPLES), (NUM_SAMPLES - 1, NUM_SAMPLES)])
+def test_a_part_of_a_catalog_names_the_same_records(dataset: Path, piece: tuple[int, int]) -> None:
+    catalog = read_catalog(dataset)
+    part, (start, stop) = views._part(catalog, piece)
+    assert stop - start == piece[1] - piece[0]
+    for sample in range(*piece):
+        shard, record = catalog.locate(sample)
+        part_shard, part_record = part.locate(sample - piece[0] + start)
+        assert (part.shards[part_shard], part_record) == (catalog.shards[shard], record)
+        assert part.num_tokens[sample - piece[0] + start] == catalog.num_tokens[sample]
+
+
 @pytest.mark.ray
 @pytest.mark.filterwarnings("ignore")
 def test_the_ray_view_holds_every_record_once(dataset: Path) -> None:
@@ -217,11 +230,11 @@ def test_the_ray_view_holds_every_record_once(dataset: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_blocks_of_the_ray_view_are_bounded(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from omniprep.stream.catalog import read_catalog
-
     catalog = read_catalog(dataset)
+    part, piece = views._part(catalog, (2, 20))
+    assert len(part.shards) < len(catalog.shards)
     monkeypatch.setattr(views, "BLOCK_BYTES", 60_000)
-    blocks = list(views._blocks(catalog, (2, 20), max_corrupt=0))
+    blocks = list(views._blocks(part, piece, max_corrupt=0))
     assert len(blocks) > 5
     assert sum(block.num_rows for block in blocks) == 18
     assert [key for block in blocks for key in block["key"].to_pylist()] == list(stored(dataset))[2:20]
