@@ -1,4 +1,4 @@
-"""Buffers that are filled again and again: pages that are mapped once cost a fifth of fresh ones.
+"""Buffers that are filled again and again: every fresh page would cost a fault first.
 
 A buffer is taken, filled, looked at through views and given back. It is used again only when no view of it is left, so no
 array ever changes under its owner; whoever keeps one costs the next bin a new buffer, and nothing else.

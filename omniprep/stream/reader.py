@@ -9,7 +9,7 @@ Remote shards come through a bounded local cache or, without one, by a range req
 
 What costs little is checked of every record: that the bytes at that place of the shard are this record, that each array has
 the header of its type and size, that `json` is about this record, and that the items it describes lie inside the others.
-`check="sha256"` also hashes what is trained on, at about half a millisecond a megabyte.
+`check="sha256"` also hashes what is trained on, at more than half a millisecond a megabyte.
 """
 
 import os

@@ -212,7 +212,7 @@ def _media_facts(text: bytes, key: str) -> dict[str, Any]:
     """Return at least the facts `audio` and `vision` of a record's `json`."""
     at = text.find(_AFTER_SEGMENTS)
     if at >= 0 and text.startswith(_json_start(key)):
-        # As our writer puts it. The segments before are four fifths of the text, and nothing here asks for them.
+        # As our writer puts it. The segments before are most of the text, and nothing here asks for them.
         tail: dict[str, Any] = from_json(b"{" + text[at + len(_END_OF_SEGMENTS) :])
         return tail
     facts: dict[str, Any] = from_json(text)
