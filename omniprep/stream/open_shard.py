@@ -16,6 +16,7 @@ from omniprep.shards.writer import BLOCK_BYTES, tar_header
 from omniprep.storage.folder import Folder, RandomReader, StorageError, sha256_of
 from omniprep.stream.corrupt import Corrupt
 from omniprep.stream.record import NO_ITEMS, MemberPlaces, Record, view_record
+from omniprep.stream.shard_cache import ShardCache
 from omniprep.types import Int32Array, Int64Array
 
 if TYPE_CHECKING:
@@ -43,13 +44,32 @@ class FileBytes:
 
     def fill(self, view: memoryview, offset: int) -> int:
         """Read from `offset` on."""
-        num_read = os.preadv(self._descriptor, [view], offset)
-        while 0 < num_read < len(view):
-            got = os.preadv(self._descriptor, [view[num_read:]], offset + num_read)
-            if not got:
-                break
-            num_read += got
-        return num_read
+        return _fill(self._descriptor, view, offset)
+
+
+class CachedBytes:
+    """A shard in a store, read through a cache, which may let go of its copy between two reads."""
+
+    def __init__(self, cache: ShardCache, folder: Folder, shard: ShardInfo) -> None:
+        self._cache, self._folder, self._shard = cache, folder, shard
+
+    def fill(self, view: memoryview, offset: int) -> int:
+        """Read from `offset` on, from a local copy."""
+        descriptor = self._cache.open(self._folder, self._shard)
+        try:
+            return _fill(descriptor, view, offset)
+        finally:
+            os.close(descriptor)
+
+
+def _fill(descriptor: int, view: memoryview, offset: int) -> int:
+    num_read = os.preadv(descriptor, [view], offset)
+    while 0 < num_read < len(view):
+        got = os.preadv(descriptor, [view[num_read:]], offset + num_read)
+        if not got:
+            break
+        num_read += got
+    return num_read
 
 
 class RangeBytes:
@@ -101,23 +121,29 @@ class OpenShard:
         found: list[int] = self._facts[number].tolist()
         return found
 
-    def corrupt(self, number: int, error: DatasetError) -> Corrupt:
+    def corrupt(self, number: int, why: str) -> Corrupt:
         """Return what is reported of a record."""
-        return Corrupt(self._keys[number].decode("ascii"), self.place, str(error))
+        return Corrupt(self._keys[number].decode("ascii"), self.place, why)
 
-    def read(self, number: int, facts: list[int], view: memoryview) -> Record:
-        """Read a record into `view`, which is as large as it.
+    def read(self, number: int, facts: list[int], view: memoryview) -> tuple[Record | None, str]:
+        """Read a record into `view`, which is as large as it; return it, or None and why it is not what the index says.
 
-        Raises `DatasetError` if it is not what the index says, `StorageError` if nothing can be read any more.
+        Raises `DatasetError`, `StorageError` if the whole shard cannot be had.
         """
         try:
             num_read = self._data.fill(view, facts[OFFSET])
         except FileNotFoundError:
             raise StorageError(f"{self.place}: is there no longer; was it removed while it is read?") from None
         except OSError as error:  # a bad sector: one record, not the whole run
-            raise DatasetError(f"cannot be read: {error.strerror or error}") from None
+            return None, f"cannot be read: {error.strerror or error}"
         if num_read != len(view):
-            raise DatasetError(f"expected {len(view)} bytes at {facts[OFFSET]}, got {num_read}: the shard is cut short")
+            return None, f"expected {len(view)} bytes at {facts[OFFSET]}, got {num_read}: the shard is cut short"
+        try:
+            return self._view(number, facts, view), ""
+        except DatasetError as error:
+            return None, str(error)
+
+    def _view(self, number: int, facts: list[int], view: memoryview) -> Record:
         spans = list(zip(facts[SPANS::2], facts[SPANS + 1 :: 2], strict=True))
         if self._digests is not None:
             self._check_sha256(view, spans, self._digests[number].decode("ascii"))

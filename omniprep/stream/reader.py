@@ -32,9 +32,9 @@ from omniprep.storage.local import LocalFolder
 from omniprep.stream.buffers import KeptBuffers
 from omniprep.stream.catalog import Catalog
 from omniprep.stream.corrupt import Corrupt, CorruptLog
-from omniprep.stream.open_shard import SIZE, FileBytes, OpenShard, RangeBytes, ShardBytes, read_locations
+from omniprep.stream.open_shard import SIZE, CachedBytes, FileBytes, OpenShard, RangeBytes, ShardBytes, read_locations
 from omniprep.stream.record import Record
-from omniprep.stream.shard_cache import CacheFull, ShardCache
+from omniprep.stream.shard_cache import ShardCache
 
 Check = Literal["structure", "sha256"]
 
@@ -136,12 +136,12 @@ class RecordReader:
         dataset, at, number = self._locate(dataset, sample)
         shard = self._shard(dataset, at)
         facts = shard.facts(number)
-        try:
-            return shard.read(number, facts, np.empty(facts[SIZE], np.uint8).data)
-        except DatasetError as error:
-            corrupt = shard.corrupt(number, error)
+        record, why = shard.read(number, facts, np.empty(facts[SIZE], np.uint8).data)
+        if record is None:
+            corrupt = shard.corrupt(number, why)
             self._corrupt.add(corrupt)
-            raise DatasetError(str(corrupt)) from None
+            raise DatasetError(str(corrupt))
+        return record
 
     def read_bin(self, samples: Sequence[tuple[int, int]]) -> BinRecords:
         """Return samples, given as (dataset, sample), in one kept buffer; those that cannot be read are left out and reported.
@@ -149,7 +149,6 @@ class RecordReader:
         Raises `DatasetError` if these are more than `max_corrupt`, or if a shard or its index is not there.
         """
         places = [self._locate(dataset, sample) for dataset, sample in samples]
-        # No shard is held from here to its turn: a cache may have room for fewer than a bin comes from.
         facts = [self._shard(dataset, at).facts(number) for dataset, at, number in places]
         ends = list(accumulate([one[SIZE] for one in facts], initial=0))
         buffer = self._buffers.take(ends[-1])
@@ -159,6 +158,11 @@ class RecordReader:
         records = list((self._pool().map if by_requests else map)(self._try, places, facts, views))
         kept = [(pair, record) for pair, record in zip(samples, records, strict=True) if record is not None]
         return BinRecords([record for _, record in kept], [pair for pair, _ in kept], partial(self._buffers.give_back, buffer))
+
+    def leave_out(self, dataset: int, sample: int, why: str) -> None:
+        """Report a sample that was read and proved to be of no use. Raises `DatasetError` if these become too many."""
+        dataset, at, number = self._locate(dataset, sample)
+        self._corrupt.add(self._shard(dataset, at).corrupt(number, why))
 
     def shard_of(self, dataset: int, sample: int) -> tuple[int, int]:
         """Return (dataset, number of the shard in its catalog): what `prefetch` takes."""
@@ -181,11 +185,10 @@ class RecordReader:
     def _try(self, place: tuple[int, int, int], facts: list[int], view: memoryview) -> Record | None:
         dataset, at, number = place
         shard = self._shard(dataset, at)
-        try:
-            return shard.read(number, facts, view)
-        except DatasetError as error:
-            self._corrupt.add(shard.corrupt(number, error))
-            return None
+        record, why = shard.read(number, facts, view)
+        if record is None:
+            self._corrupt.add(shard.corrupt(number, why))
+        return record
 
     def _locate(self, dataset: int, sample: int) -> tuple[int, int, int]:
         """Return dataset, shard and record of a sample: as `Catalog.locate`, in a tenth of the time."""
@@ -234,24 +237,12 @@ class RecordReader:
                 return FileBytes(os.open(f"{folder.place}/{info.name}", os.O_RDONLY | os.O_CLOEXEC))
             if self._cache is None:
                 return RangeBytes(folder.open_random(info.name))
-            return FileBytes(self._from_cache(self._cache, folder, info))
+            return CachedBytes(self._cache, folder, info)
         except FileNotFoundError:
             told = "is missing, though the manifest names it; copy it there, or build it again"
             raise DatasetError(f"{folder.place}/{info.name}: {told}") from None
         except OSError as error:
             raise DatasetError(f"{folder.place}/{info.name}: cannot be read: {error.strerror or error}") from None
-
-    def _from_cache(self, cache: ShardCache, folder: Folder, info: ShardInfo) -> int:
-        """Open a shard through the cache, closing those that were not read for longest where it is full of them."""
-        while True:
-            with self._lock:
-                may_wait = not self._shards
-            try:
-                return cache.open(folder, info, wait=may_wait)
-            except CacheFull:
-                with self._lock:
-                    if self._shards:
-                        self._shards.popitem(last=False)
 
     def _pool(self) -> ThreadPoolExecutor:
         with self._lock:

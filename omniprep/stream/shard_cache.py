@@ -2,20 +2,22 @@
 
 ```
 <folder>/cache.lock            held while room is made: the only moment at which sizes are added up
-<folder>/<sha256>.tar          a complete copy, checked; whoever reads it holds a shared lock on it
+<folder>/<sha256>.tar          a complete copy, checked; whoever reads from it holds a shared lock on it meanwhile
 <folder>/<sha256>.tar.partial  being fetched, by the process that holds an exclusive lock on it; as large as it will be
 ```
 
 Locks are those of the kernel on the files themselves, so they end with the process that holds them, however it ends. A copy
-is removed only by somebody who got it exclusively: never one in use. What was not opened for longest goes first.
+is removed only by somebody who got it exclusively: never while it is read. What was not read for longest goes first.
+
+Nobody holds a copy between two reads: a reader that waits for its trainer, which waits for another reader, which waits for
+room, would wait for ever. A cache that is too small costs repeated downloads, but everybody gets on.
 """
 
 import fcntl
 import hashlib
 import os
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Condition, Thread
@@ -29,14 +31,15 @@ _ATTEMPTS = 3
 """Downloads of one shard before what arrives is taken for what lies there."""
 _POLL_S = 0.05
 _PARTIAL = ".partial"
-
-
-class CacheFull(Exception):
-    """There is no room for a shard: all that is in the cache is in use."""
+_USE_NS = 100_000_000
+"""How exactly the last use of a copy is known: writing it down at every read would cost more than the read."""
 
 
 class ShardCache:
-    """Local copies of shards. Safe for threads and for several processes; it pickles as its settings."""
+    """Local copies of shards. Safe for threads and for several processes; it pickles as its settings.
+
+    Best is room for all shards that the readers of a machine have in their shuffle windows, and those fetched ahead.
+    """
 
     def __init__(self, folder: Path | str, *, max_bytes: int, num_ahead: int = 2, timeout_s: float = 3600.0) -> None:
         """`num_ahead` shards are fetched ahead of those that are read; `timeout_s` is for waiting on other processes."""
@@ -44,12 +47,15 @@ class ShardCache:
             raise ValueError(f"{max_bytes = }, {num_ahead = }, {timeout_s = }: expected positive numbers")
         self._folder = Path(folder)
         self._max_bytes, self._num_ahead, self._timeout_s = max_bytes, num_ahead, timeout_s
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        self._process = os.getpid()
         self._changed = Condition()
-        self._wanted: deque[tuple[Folder, ShardInfo]] = deque()
-        self._fetching = ""
-        """sha256 of the shard that is being fetched ahead, until somebody opens it himself."""
-        self._ahead: dict[str, int] = {}
-        """sha256 and descriptor, locked, of what was fetched ahead and is not opened yet."""
+        self._wanted: dict[str, tuple[Folder, ShardInfo]] = {}
+        """What is to be fetched ahead, by sha256, in order."""
+        self._ahead: set[str] = set()
+        """sha256 of what is fetched ahead, or just being so, and not opened yet."""
         self._thread: Thread | None = None
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -60,31 +66,29 @@ class ShardCache:
         """Return the bytes of all copies, complete or not."""
         return sum(size for _, size, _ in self._copies())
 
-    def open(self, folder: Folder, shard: ShardInfo, *, wait: bool = True) -> int:
-        """Return a descriptor of a complete copy, fetched if there is none; until it is closed, the copy stays.
+    def open(self, folder: Folder, shard: ShardInfo) -> int:
+        """Return a descriptor of a complete copy, fetched if there is none. The copy stays until it is closed: close it soon.
 
-        Raises `CacheFull` if there is no room and not `wait`, `DatasetError` if the shard is missing or damaged where it comes
-        from, `StorageError` if that does not answer or the disk is full, `ConfigError` if the cache is too small for it.
+        Raises `DatasetError` if the shard is missing or damaged where it comes from, `StorageError` if that does not answer or
+        the disk is full, `ConfigError` if the cache is too small for it.
         """
-        with self._changed:
-            self._wanted = deque(item for item in self._wanted if item[1].sha256 != shard.sha256)
-            if self._fetching == shard.sha256:
-                self._fetching = ""
-            descriptor = self._ahead.pop(shard.sha256, None)
-            self._changed.notify_all()
+        self._check_process()
+        if shard.sha256 in self._wanted or shard.sha256 in self._ahead:
+            with self._changed:
+                self._wanted.pop(shard.sha256, None)
+                self._ahead.discard(shard.sha256)
+                self._changed.notify_all()
+        descriptor = _claim(self._copy(shard), shard.num_bytes)
         if descriptor is not None:
             return descriptor
         deadline = time.monotonic() + self._timeout_s
         while (descriptor := self._obtain(folder, shard, deadline)) is None:
-            if not wait:
-                raise CacheFull(shard.name)
             if time.monotonic() > deadline:
                 raise ConfigError(
                     f"{self._folder}: no room for {shard.name} ({shard.num_bytes} bytes) in {self._timeout_s:.0f} s: all of "
                     f"max_bytes={self._max_bytes} is in use; raise it, or run fewer processes with this cache"
                 )
-            if not self._drop_ahead():
-                time.sleep(_POLL_S)
+            time.sleep(_POLL_S)
         return descriptor
 
     def prefetch(self, shards: Sequence[tuple[Folder, ShardInfo]]) -> None:
@@ -92,60 +96,50 @@ class ShardCache:
 
         What was asked for before is forgotten. Errors are left for `open` to meet again.
         """
+        self._check_process()
         with self._changed:
-            names = {shard.sha256 for _, shard in shards}
-            for sha256 in [one for one in self._ahead if one not in names]:
-                os.close(self._ahead.pop(sha256))
-            if self._fetching not in names:
-                self._fetching = ""
-            self._wanted = deque({shard.sha256: (folder, shard) for folder, shard in shards}.values())
+            self._wanted = {shard.sha256: (folder, shard) for folder, shard in shards}
+            self._ahead.clear()
             self._changed.notify_all()
             if self._num_ahead and self._wanted and (self._thread is None or not self._thread.is_alive()):
                 self._thread = Thread(target=self._fetch_ahead, name="omniprep-prefetch", daemon=True)
                 self._thread.start()
 
     def close(self) -> None:
-        """Stop fetching ahead, and give up what was fetched so. A shard on its way still comes in, for others."""
+        """Stop fetching ahead. A shard on its way still comes in, for others."""
         self.prefetch(())
+
+    def _check_process(self) -> None:
+        if self._process != os.getpid():  # a fork has no thread, and perhaps a lock that the thread held
+            self._start_anew()
 
     def _fetch_ahead(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: not self._wanted or len(self._ahead) < self._num_ahead)
                 if not self._wanted:
+                    self._thread = None
                     return
-                folder, shard = self._wanted.popleft()
-                if shard.sha256 in self._ahead:
-                    continue
-                self._fetching = shard.sha256
-            self._fetch_one(folder, shard)
+                sha256 = next(iter(self._wanted))
+                folder, shard = self._wanted.pop(sha256)
+                self._ahead.add(sha256)
+            with suppress(OmniPrepError, OSError):
+                self._fetch_one(folder, shard)
 
     def _fetch_one(self, folder: Folder, shard: ShardInfo) -> None:
-        descriptor = None
-        with suppress(OmniPrepError, OSError):
-            while self._fetching == shard.sha256 and descriptor is None:
-                descriptor = self._obtain(folder, shard, time.monotonic() + self._timeout_s)
-                if descriptor is None:
-                    with self._changed:
-                        self._changed.wait(10 * _POLL_S)
-        with self._changed:
-            wanted, self._fetching = self._fetching == shard.sha256, ""
-            if descriptor is not None and wanted:
-                self._ahead[shard.sha256] = descriptor
-            elif descriptor is not None:
-                os.close(descriptor)
+        while shard.sha256 in self._ahead:
+            descriptor = self._obtain(folder, shard, time.monotonic() + self._timeout_s, keep=self._ahead)
+            if descriptor is not None:
+                return os.close(descriptor)
+            with self._changed:
+                self._changed.wait(10 * _POLL_S)
 
-    def _drop_ahead(self) -> bool:
-        """Give up what was fetched last and not opened yet; return whether there was anything."""
-        with self._changed:
-            if not self._ahead:
-                return False
-            os.close(self._ahead.pop(next(reversed(self._ahead))))
-            return True
+    def _copy(self, shard: ShardInfo) -> Path:
+        return self._folder / f"{shard.sha256}.tar"
 
-    def _obtain(self, folder: Folder, shard: ShardInfo, deadline: float) -> int | None:
-        """Return a locked descriptor of a complete copy, or None if there is no room for it now."""
-        path = self._folder / f"{shard.sha256}.tar"
+    def _obtain(self, folder: Folder, shard: ShardInfo, deadline: float, *, keep: Container[str] = ()) -> int | None:
+        """Return a locked descriptor of a complete copy, or None if there is no room for it; `keep` are not removed for it."""
+        path = self._copy(shard)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             while True:
@@ -155,7 +149,7 @@ class ShardCache:
                 with self._partial(path.with_name(path.name + _PARTIAL), deadline) as partial:
                     if path.exists():  # somebody else has fetched it meanwhile
                         continue
-                    if not self._make_room(partial, shard):
+                    if not self._make_room(partial, shard, keep):
                         return None
                     _download(folder, shard, partial)
                     path.with_name(path.name + _PARTIAL).rename(path)
@@ -172,8 +166,7 @@ class ShardCache:
         while True:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
-                _lock(descriptor, fcntl.LOCK_EX, deadline, path)
-                if _is_at(path, descriptor):
+                if _lock(descriptor, deadline, path):
                     try:
                         yield descriptor
                     finally:
@@ -183,7 +176,7 @@ class ShardCache:
             finally:
                 os.close(descriptor)
 
-    def _make_room(self, partial: int, shard: ShardInfo) -> bool:
+    def _make_room(self, partial: int, shard: ShardInfo, keep: Container[str]) -> bool:
         """Remove copies until a shard fits, and take its place at once; return False if what is in use leaves none."""
         if shard.num_bytes > self._max_bytes:
             raise ConfigError(
@@ -194,12 +187,13 @@ class ShardCache:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             os.ftruncate(partial, 0)
-            copies = sorted(self._copies())
+            # What is fetched ahead was not read for long, and will be soon.
+            copies = sorted(self._copies(), key=lambda copy: (_sha256_of(copy[2]) in self._ahead, copy))
             excess = sum(size for _, size, _ in copies) + shard.num_bytes - self._max_bytes
             for _, size, path in copies:
                 if excess <= 0:
                     break
-                if size and _remove_unused(path):
+                if size and _sha256_of(path) not in keep and _remove_unused(path):
                     excess -= size
             if excess > 0:
                 return False
@@ -222,6 +216,10 @@ def _rebuild(folder: Path, max_bytes: int, num_ahead: int, timeout_s: float) -> 
     return ShardCache(folder, max_bytes=max_bytes, num_ahead=num_ahead, timeout_s=timeout_s)
 
 
+def _sha256_of(path: Path) -> str:
+    return path.name.partition(".")[0]
+
+
 def _claim(path: Path, num_bytes: int) -> int | None:
     """Return a descriptor of a complete copy with a shared lock, or None if there is none."""
     try:
@@ -231,8 +229,9 @@ def _claim(path: Path, num_bytes: int) -> int | None:
     fcntl.flock(descriptor, fcntl.LOCK_SH)  # exclusive ones are held for moments only
     stat = os.fstat(descriptor)
     if stat.st_nlink and stat.st_size == num_bytes:
-        now = time.time_ns()  # finer than the kernel's own idea of now
-        os.utime(descriptor, ns=(now, now))
+        now = time.time_ns()
+        if not 0 <= now - stat.st_mtime_ns < _USE_NS:
+            os.utime(descriptor, ns=(now, now))
         return descriptor
     os.close(descriptor)
     if stat.st_nlink:  # not what we wrote: cut by hand, or by a file system that lost it
@@ -265,17 +264,22 @@ def _is_at(path: Path, descriptor: int) -> bool:
         return False
 
 
-def _lock(descriptor: int, kind: int, deadline: float, path: Path) -> None:
-    """Take a lock, waiting in short steps: a wait in the kernel could not be ended with Ctrl-C from a thread."""
-    while True:
+def _lock(descriptor: int, deadline: float, path: Path) -> bool:
+    """Lock a file exclusively, or return False if it is not at its path any more: who fetched it has it in use now.
+
+    Waits in short steps: a wait in the kernel could not be ended with Ctrl-C from a thread.
+    """
+    while _is_at(path, descriptor):
         try:
-            return fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return _is_at(path, descriptor)
         except BlockingIOError:
             if time.monotonic() > deadline:
                 raise StorageError(
                     f"{path}: another process has been fetching this for too long; end it, then try again"
                 ) from None
             time.sleep(_POLL_S)
+    return False
 
 
 def _download(folder: Folder, shard: ShardInfo, descriptor: int) -> None:

@@ -1,6 +1,7 @@
 """The cache: exact bytes, one download for all, never more than its bound, nothing removed that is in use."""
 
 import hashlib
+import multiprocessing
 import os
 import pickle
 import subprocess
@@ -18,7 +19,7 @@ from omniprep.storage.folder import as_folder
 from omniprep.storage.remote import RemoteFolder
 from omniprep.stream.catalog import Catalog, read_catalog
 from omniprep.stream.reader import RecordReader
-from omniprep.stream.shard_cache import CacheFull, ShardCache
+from omniprep.stream.shard_cache import ShardCache
 from tests.s3_server import S3, s3
 from tests.stream.stored import SAMPLES, assert_same, stored
 
@@ -55,6 +56,11 @@ def content(descriptor: int) -> str:
     return hashlib.sha256(os.pread(descriptor, 2 * SIZE, 0)).hexdigest()
 
 
+def complete(folder: Path) -> set[str]:
+    """Return the sha256 of the complete copies."""
+    return {path.stem for path in folder.glob("*.tar")}
+
+
 def wait_for(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -84,6 +90,7 @@ def test_the_bound_holds_and_what_was_not_used_for_longest_goes_first(s3: S3, st
     one, two, three = shards(s3, 3)
     cache = ShardCache(tmp_path, max_bytes=2 * SIZE + 1)
     for shard in (one, two, one, three):
+        time.sleep(0.12)  # the last use is known to a tenth of a second
         os.close(cache.open(store, shard))
         assert cache.num_bytes <= 2 * SIZE + 1
     assert {path.stem for path in tmp_path.glob("*.tar")} == {one.sha256, three.sha256}
@@ -94,13 +101,13 @@ def test_what_is_in_use_stays(s3: S3, store: RemoteFolder, tmp_path: Path) -> No
     cache = ShardCache(tmp_path, max_bytes=2 * SIZE, timeout_s=0.2)
     other = ShardCache(tmp_path, max_bytes=2 * SIZE)
     used = [cache.open(store, one), other.open(store, two)]
-    with pytest.raises(CacheFull):
-        cache.open(store, three, wait=False)
     with pytest.raises(ConfigError, match=r"no room for train-x-00002.tar.*max_bytes=600000"):
         cache.open(store, three)
     assert [content(descriptor) for descriptor in used] == [one.sha256, two.sha256]
-    os.close(used[0])
-    descriptor = cache.open(store, three, wait=False)
+    waiting = threading.Timer(0.3, os.close, [used[0]])
+    waiting.start()
+    descriptor = other.open(store, three)
+    waiting.join()
     assert content(descriptor) == three.sha256
     assert not (tmp_path / f"{one.sha256}.tar").exists()
     os.close(used[1])
@@ -218,30 +225,64 @@ def test_shards_are_fetched_ahead_in_order_and_not_too_many(s3: S3, store: Remot
     found = shards(s3, 5)
     cache = ShardCache(tmp_path, max_bytes=5 * SIZE, num_ahead=2)
     cache.prefetch([(store, shard) for shard in found])
-    wait_for(lambda: len(cache._ahead) == 2)
+    wait_for(lambda: len(complete(tmp_path)) == 2)
     time.sleep(0.2)
-    assert {path.stem for path in tmp_path.glob("*.tar")} == {shard.sha256 for shard in found[:2]}
+    assert complete(tmp_path) == {shard.sha256 for shard in found[:2]}
     for number, shard in enumerate(found):
         descriptor = cache.open(store, shard)
         assert content(descriptor) == shard.sha256
         os.close(descriptor)
-        wait_for(lambda number=number: len(list(tmp_path.glob("*.tar"))) == min(number + 3, 5))
+        wait_for(lambda number=number: len(complete(tmp_path)) == min(number + 3, 5))
     assert len(s3.seen("HEAD", ".tar")) == 5
     cache.close()
 
 
-def test_what_was_fetched_ahead_is_given_up_when_it_is_not_wanted_any_more(s3: S3, store: RemoteFolder, tmp_path: Path) -> None:
+def test_what_is_fetched_ahead_stays_until_it_is_read_if_there_is_other_room(s3: S3, store: RemoteFolder, tmp_path: Path) -> None:
     one, two, three = shards(s3, 3)
     cache = ShardCache(tmp_path, max_bytes=2 * SIZE, num_ahead=2)
-    cache.prefetch([(store, one), (store, two)])
-    wait_for(lambda: len(cache._ahead) == 2)
-    with pytest.raises(CacheFull):
-        cache.open(store, three, wait=False)
-    cache.prefetch([(store, two)])
-    os.close(cache.open(store, three, wait=False))
-    assert {path.stem for path in tmp_path.glob("*.tar")} == {two.sha256, three.sha256}
-    os.close(cache.open(store, one))  # waiting, it takes the room of what was only fetched ahead
+    cache.prefetch([(store, one), (store, two), (store, three)])
+    wait_for(lambda: complete(tmp_path) == {one.sha256, two.sha256})
+    os.close(cache.open(store, one))
+    wait_for(lambda: complete(tmp_path) == {two.sha256, three.sha256})
+    os.close(cache.open(store, one))  # again: now it takes the room of what is not yet read
+    assert len(complete(tmp_path)) == 2
+    assert cache.num_bytes <= 2 * SIZE
     cache.close()
+
+
+def test_what_is_not_wanted_any_more_is_not_fetched(s3: S3, store: RemoteFolder, tmp_path: Path) -> None:
+    one, two, three = shards(s3, 3)
+    cache = ShardCache(tmp_path, max_bytes=3 * SIZE, num_ahead=1)
+    cache.prefetch([(store, one), (store, two)])
+    wait_for(lambda: complete(tmp_path) == {one.sha256})
+    cache.prefetch([(store, three)])
+    wait_for(lambda: complete(tmp_path) == {one.sha256, three.sha256})
+    cache.close()
+    wait_for(lambda: cache._thread is None)
+    assert complete(tmp_path) == {one.sha256, three.sha256}
+
+
+def test_readers_that_wait_for_each_other_do_not_wait_for_room(s3: S3, catalog: Catalog, tmp_path: Path) -> None:
+    bound = max(shard.num_bytes for shard in catalog.shards) + 1000
+    readers = [RecordReader([catalog], cache=ShardCache(tmp_path, max_bytes=bound, timeout_s=5)) for _ in range(2)]
+    for reader in readers:
+        reader.prefetch(dict.fromkeys(reader.shard_of(*one) for one in ALL))
+    for number, sample in enumerate(SAMPLES):  # one reads, the other holds what it has read last
+        assert_same(readers[number % 2].read(0, number), sample)
+        assert readers[0]._cache.num_bytes <= bound
+    for reader in readers:
+        reader._cache.close()
+
+
+def test_a_fork_begins_with_an_idle_cache(s3: S3, store: RemoteFolder, tmp_path: Path) -> None:
+    found = shards(s3, 3)
+    cache = ShardCache(tmp_path, max_bytes=3 * SIZE)
+    with cache._changed:  # as if its thread held the lock at that moment
+        cache._wanted = {shard.sha256: (store, shard) for shard in found}
+        process = multiprocessing.get_context("fork").Process(target=cache.close)
+        process.start()
+        process.join(10)
+    assert process.exitcode == 0
 
 
 def test_an_error_while_fetching_ahead_is_told_by_open(s3: S3, store: RemoteFolder, tmp_path: Path) -> None:
@@ -249,7 +290,7 @@ def test_an_error_while_fetching_ahead_is_told_by_open(s3: S3, store: RemoteFold
     s3.put(f"out/{one.name}", b"damaged")
     cache = ShardCache(tmp_path, max_bytes=2 * SIZE)
     cache.prefetch([(store, one), (store, two)])
-    wait_for(lambda: two.sha256 in cache._ahead)
+    wait_for(lambda: complete(tmp_path) == {two.sha256})
     with pytest.raises(DatasetError, match="7 with"):
         cache.open(store, one)
     cache.close()
@@ -273,9 +314,7 @@ def test_a_reader_reads_through_the_cache(s3: S3, catalog: Catalog, tmp_path: Pa
     cache.close()
 
 
-def test_a_reader_closes_shards_where_the_cache_holds_fewer_than_it_would_keep_open(
-    s3: S3, catalog: Catalog, tmp_path: Path
-) -> None:
+def test_a_reader_gets_on_with_a_cache_for_a_single_shard(s3: S3, catalog: Catalog, tmp_path: Path) -> None:
     bound = max(shard.num_bytes for shard in catalog.shards) + 1000
     cache = ShardCache(tmp_path, max_bytes=bound, timeout_s=5)
     reader = RecordReader([catalog], cache=cache)
