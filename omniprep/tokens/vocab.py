@@ -19,6 +19,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -216,7 +217,11 @@ class TextTokenizer:
         return tiktoken.Encoding("qwen2", pat_str=_FAST_PATTERN, mergeable_ranks=ranks, special_tokens={})
 
     def encode_with_offsets(self, text: str, *, policy: TextPolicy) -> tuple[list[int], list[tuple[int, int]]]:
-        """Return (ids, [first, last) character of each token)."""
+        """Return (ids, [first, last) character of each token); tokens that share a character each have it."""
+        if policy != "allow" and len(text) <= _MAX_FAST_CHARACTERS and (text.isascii() or _NFC.normalize_str(text) == text):
+            _refuse_where(policy, (text,))
+            ids = self._fast.encode_ordinary(text)
+            return ids, _offsets(text, list(map(len, self._fast.decode_tokens_bytes(ids))))
         encoding = self._tokenizer_for((text,), policy).encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
@@ -225,6 +230,19 @@ class TextTokenizer:
             return self.full
         _refuse_where(policy, texts)
         return self.regular
+
+
+def _offsets(text: str, num_bytes: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the characters that tokens of so many bytes cover, one after another.
+
+    >>> _offsets("aé", [1, 1, 1])
+    [(0, 1), (1, 2), (1, 2)]
+    """
+    borders = list(accumulate(num_bytes, initial=0))
+    if text.isascii():
+        return list(pairwise(borders))
+    character_of = [place for place, character in enumerate(text) for _ in character.encode()]
+    return [(character_of[start], character_of[stop - 1] + 1) for start, stop in pairwise(borders)]
 
 
 def _refuse_where(policy: TextPolicy, texts: Sequence[str]) -> None:

@@ -67,6 +67,13 @@ def test_both_ways_to_run_the_bpe_agree_on_any_text(text: str) -> None:
     assert tokenizer.encode_texts([text], policy="literal") == by_tokenizers(tokenizer, [text])
 
 
+@given(st.lists(st.one_of(st.sampled_from(ODD), st.text(max_size=6)), max_size=12).map("".join))
+def test_both_ways_to_run_the_bpe_agree_on_where_tokens_are(text: str) -> None:
+    tokenizer = load_tokenizer(TokenizerConfig())
+    encoding = tokenizer.regular.encode(text, add_special_tokens=False)
+    assert tokenizer.encode_with_offsets(text, policy="literal") == (encoding.ids, encoding.offsets)
+
+
 @pytest.mark.parametrize("unit", [" ", "\n", "a", "!", "\u0301", " \n"])
 def test_a_million_equal_characters_are_encoded(tokenizer: TextTokenizer, unit: str) -> None:
     for length in (vocab._MAX_FAST_CHARACTERS, 1_000_000):
