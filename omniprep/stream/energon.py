@@ -13,6 +13,7 @@ Energon reads every tar to know this; the index knows it already. In training a 
 
 ```
 from megatron.energon import Cooker, DefaultTaskEncoder, Sample, basic_sample_keys, edataclass, stateless
+import numpy as np
 
 @edataclass
 class Packed(Sample):

@@ -8,21 +8,14 @@ import json
 import re
 import sys
 import warnings
+from typing import Any
 
-import numpy as np  # noqa: F401
-
-warnings.filterwarnings("ignore")
-
-from megatron.energon import WorkerConfig, get_loader, get_train_dataset  # noqa: E402
-
-from omniprep.stream import energon  # noqa: E402
-
-CODE = re.findall(r"```\n(from megatron.*?)```", energon.__doc__ or "", re.DOTALL)
-assert len(CODE) == 1
-exec(CODE[0], globals())  # its classes cross from Energon's workers to here, so they must be found in this module
+from omniprep.stream import energon
 
 
-def main(place: str, split: str, num_workers: str) -> None:
+def main(place: str, split: str, num_workers: str, task_encoder: Any) -> None:
+    from megatron.energon import WorkerConfig, get_loader, get_train_dataset
+
     dataset = get_train_dataset(
         place,
         split_part=split,
@@ -30,7 +23,7 @@ def main(place: str, split: str, num_workers: str) -> None:
         batch_size=None,
         shuffle_buffer_size=4,
         max_samples_per_sequence=2,
-        task_encoder=TaskEncoder(),  # noqa: F821
+        task_encoder=task_encoder,
         repeat=False,
     )
     for sample in get_loader(dataset):
@@ -45,4 +38,8 @@ def main(place: str, split: str, num_workers: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    warnings.filterwarnings("ignore")
+    CODE = re.findall(r"```\n(from megatron.*?)```", energon.__doc__ or "", re.DOTALL)
+    assert len(CODE) == 1
+    exec(CODE[0], globals())  # its classes cross from Energon's workers to here, so they must be found in this module
+    main(*sys.argv[1:], TaskEncoder())  # type: ignore[call-arg]  # noqa: F821

@@ -1,0 +1,315 @@
+"""The stream as torch sees it: an `IterableDataset` whose position is one integer.
+
+```
+plan(epoch) ── steps ──> this rank's bins ── threads: pread, decode, pack ──> batches, in order
+```
+
+Threads of this process do the work, for handing arrays from one process to another costs several times what reading them
+does (`docs/streaming.md` has figures). Worker processes of a `DataLoader` are possible all the same: worker k of n makes
+every n-th batch, and the loader takes them in turn, so the order is the same for any number of them.
+
+Importing this module imports torch.
+"""
+
+import sys
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from copy import copy
+from functools import partial
+from itertools import islice
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from omniprep.errors import ConfigError
+from omniprep.profile import QWEN2_5_OMNI, ModelProfile
+from omniprep.stream.batch import Batch, pack, pad
+from omniprep.stream.catalog import read_catalog
+from omniprep.stream.corrupt import Corrupt
+from omniprep.stream.curriculum import Curriculum
+from omniprep.stream.decode import DamagedRecord, PictureDecoder
+from omniprep.stream.order import ranges
+from omniprep.stream.plan import Blended, Plan, PlanConfig, make_plan
+from omniprep.stream.ranks import Ranks, find_ranks, refuse_second_split
+from omniprep.stream.reader import RecordReader
+from omniprep.stream.shard_cache import ShardCache
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+TorchBatch = dict[str, Any]
+
+
+class _Place(NamedTuple):
+    """Where a stream stands: what comes next."""
+
+    epoch: int = 0
+    bin: int = 0
+    """Of this rank's bins of the epoch, which come step after step."""
+    of_worker: bool = False
+    """Whether it is the place of one worker, whose next bin this is; another's is another."""
+
+
+class StreamingDataset(IterableDataset[TorchBatch]):  # type: ignore[misc]
+    """Batches of this rank, in the order of the plan; one iteration is one epoch, or what is left of it.
+
+    `datasets` is a folder or URL, a list of them, a mapping of them to their weights in the blend, or `Blended` catalogs;
+    `plan` says how bins are made of them. Instead of both, a `Curriculum` says it stage by stage.
+
+    Each batch is a dict: `inputs` (the keyword arguments of transformers' Thinker), `shift_labels`, `cu_seqlens`, `keys`,
+    `num_supervised` and `state`, which is what `load_state_dict` takes to go on after this batch. Use it as it is, or in a
+    `DataLoader(dataset, batch_size=None)`.
+    """
+
+    def __init__(
+        self,
+        datasets: str | Sequence[str | Blended] | Mapping[str, float] | Curriculum,
+        plan: PlanConfig | None = None,
+        *,
+        split: str = "train",
+        rank: int | None = None,
+        world_size: int | None = None,
+        num_threads: int = 2,
+        cache: ShardCache | None = None,
+        max_corrupt: int = 10,
+        pad_to: int | None = None,
+        profile: ModelProfile = QWEN2_5_OMNI,
+    ) -> None:
+        """`num_threads=0` reads in the caller's own thread; `rank` and `world_size` are found if they are not given."""
+        super().__init__()
+        if isinstance(datasets, Curriculum):
+            if plan is not None:
+                raise ConfigError("expected a curriculum, or datasets and a plan, got both: its stages have their own plans")
+            self._make_plan: Callable[..., Plan] = datasets.plan
+        else:
+            self._make_plan = partial(make_plan, _blend(datasets, split), plan or PlanConfig())
+        self.profile = profile
+        self._given_ranks = (rank, world_size)
+        self._num_threads, self._pad_to = num_threads, pad_to
+        self._cache, self._max_corrupt = cache, max_corrupt
+        # Shared with the workers that a DataLoader forks or spawns: they know how far the stream is, this process does not.
+        self._finished_epochs = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self._read_by_workers = torch.zeros(1, dtype=torch.bool).share_memory_()
+        self._start = self._next = _Place()
+        self._plan: Plan | None = None
+        self.corrupt: list[Corrupt] = []
+        """Records that this process has left out."""
+        _ = self.ranks  # what is wrong with them is told here, where it can be known already
+
+    # Position ------------------------------------------------------------------------------------------------------
+
+    @property
+    def ranks(self) -> Ranks:
+        """Return this process's share, looked up anew: a process group may have come up since."""
+        return find_ranks(*self._given_ranks)
+
+    @property
+    def epoch(self) -> int:
+        """Return the epoch that the next iteration reads."""
+        return max(self._start.epoch, int(self._finished_epochs))
+
+    @property
+    def plan(self) -> Plan:
+        """Return the plan of that epoch."""
+        return self._plan_of(self.epoch)
+
+    def __len__(self) -> int:
+        """Return how many batches this rank has in the whole epoch: the steps, times its share of one."""
+        return self.plan.num_steps * self._bins_a_step(self.plan)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin at the start of an epoch, unless that is the one that comes next: then a loaded position is kept."""
+        if epoch != self.epoch:
+            self._go_to(_Place(epoch))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position after the last batch that this process has yielded.
+
+        Raises `ConfigError` where worker processes read: how far the trainer is, is not known here. Save `batch["state"]` of
+        the last batch that was trained on, or use torchdata's `StatefulDataLoader`, which asks the workers.
+        """
+        if get_worker_info() is None and bool(self._read_by_workers):
+            raise ConfigError(
+                "worker processes of a DataLoader read this stream, and how far the trainer is, is not known here: save "
+                'batch["state"] of the last batch trained on, or use torchdata\'s StatefulDataLoader'
+            )
+        return self._state(self._next)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where a state was taken: with any number of ranks and workers if that was between two steps.
+
+        Raises `ConfigError` if the data or the plan are not what they were, or if the state is from the middle of a step,
+        or of a single worker, and the number of ranks or workers is another.
+        """
+        try:
+            epoch, done, world_size = (int(state[name]) for name in ("epoch", "bin", "world_size"))
+            worker = tuple(state["worker"])
+        except (KeyError, TypeError, ValueError):
+            wanted = ", ".join(self._state(self._next))
+            raise ConfigError(f"expected the state of a stream ({wanted}), got {state!r:.200}") from None
+        plan = self._plan_of(epoch)
+        step = plan.check_state(state)
+        ranks = self.ranks
+        if done and world_size != ranks.world_size:
+            raise ConfigError(
+                f"the state was taken in the middle of step {step} by {world_size} ranks, and there are {ranks.world_size} now; "
+                "to change their number, load a state that was saved after a whole step (global_batch_size bins)"
+            )
+        if worker not in ((), _worker()):
+            raise ConfigError(
+                f"the state is that of worker {worker[0]} of {worker[1]}; it belongs into the same StatefulDataLoader, "
+                'with as many workers; batch["state"] goes with any number of them'
+            )
+        place = _Place(epoch, step * self._bins_a_step(plan) + done, of_worker=bool(worker))
+        is_over = place.bin >= plan.num_steps * self._bins_a_step(plan)
+        self._go_to(_Place(epoch + 1) if is_over else place)
+
+    def _go_to(self, place: _Place) -> None:
+        self._start = self._next = place
+        self._finished_epochs.fill_(place.epoch)
+
+    def _state(self, place: _Place) -> dict[str, Any]:
+        plan = self._plan_of(place.epoch)
+        step, done = divmod(place.bin, self._bins_a_step(plan))
+        return {
+            **plan.state(step),
+            "bin": done,
+            "world_size": self.ranks.world_size,
+            "worker": list(_worker()) if place.of_worker else [],
+        }
+
+    def _plan_of(self, epoch: int) -> Plan:
+        if self._plan is None or self._plan.epoch != epoch:
+            self._plan = self._make_plan(epoch=epoch)
+        return self._plan
+
+    def _bins_a_step(self, plan: Plan) -> int:
+        return len(plan.bins_of(0, rank=self.ranks.rank, world_size=self.ranks.world_size))
+
+    # Reading -------------------------------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[TorchBatch]:
+        """Yield what is left of the epoch; after its last batch, the next iteration reads the next epoch.
+
+        An iteration that is broken off before that is begun again by the next one, where it began.
+        """
+        refuse_second_split(sys._getframe(1))
+        plan = self.plan
+        start = self._start if self._start.epoch == plan.epoch else _Place(plan.epoch)
+        first, stride = start.bin, 1
+        if worker := _worker():
+            self._read_by_workers.fill_(True)
+            stride = worker[1]
+            first += 0 if start.of_worker else worker[0]
+        numbers = range(first, len(self), stride)
+        with closing(self._batches(plan, numbers)) as batches:
+            for number, batch in batches:
+                # Of a worker, its own next bin, for StatefulDataLoader asks each; with the batch goes the rank's.
+                self._next = _Place(plan.epoch, number + stride, of_worker=bool(worker))
+                if number == numbers[-1]:  # who knows the length does not ask for what would come after the last
+                    self._finish(plan.epoch)
+                yield {**batch, "state": self._state(_Place(plan.epoch, number + 1))}
+        self._finish(plan.epoch)
+
+    def _finish(self, epoch: int) -> None:
+        self._start = _Place(epoch + 1)
+        self._finished_epochs.clamp_(min=epoch + 1)
+
+    def _batches(self, plan: Plan, numbers: range) -> Generator[tuple[int, TorchBatch], None, None]:
+        """Yield some of this rank's batches in order, with their numbers; threads make them ahead."""
+        ranks, per_step = self.ranks, self._bins_a_step(plan)
+
+        def bin_of(number: int) -> int:
+            step, place = divmod(number, per_step)
+            return plan.bins_of(step, rank=ranks.rank, world_size=ranks.world_size)[place]
+
+        # Of a cache that a worker has inherited by a fork, threads are missing and locks may be held by them.
+        cache = copy(self._cache) if _worker() else self._cache
+        reader = RecordReader([dataset.catalog for dataset in plan.datasets], cache=cache, max_corrupt=self._max_corrupt)
+        decoder = PictureDecoder()  # in the thread that makes the batch: there are enough of those
+        try:
+            if cache is not None:
+                reader.prefetch(shards_of(plan, [bin_of(number) for number in numbers]))
+            yield from ahead(
+                lambda number: (number, self._make(reader, decoder, plan, bin_of(number))),
+                numbers,
+                num_threads=self._num_threads,
+            )
+        finally:
+            self.corrupt += reader.corrupt
+            reader.close()
+            decoder.close()
+
+    def _make(self, reader: RecordReader, decoder: PictureDecoder, plan: Plan, number: int) -> TorchBatch:
+        """Return a bin's batch, without records that cannot be read or do not agree with themselves."""
+        collate = pad if plan.config.batching == "padded" else pack
+        pad_to = None if plan.config.batching == "single" else self._pad_to
+        with reader.read_bin(plan.samples_of(number)) as found:
+            records, samples = found.records, found.samples
+            while True:
+                try:
+                    return to_torch(collate(records, pad_to=pad_to, decoder=decoder, profile=self.profile))
+                except DamagedRecord as error:
+                    reader.leave_out(*samples[error.number], error.detail)
+                    records, samples = ([*items[: error.number], *items[error.number + 1 :]] for items in (records, samples))
+
+
+def shards_of(plan: Plan, bins: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the (dataset, shard) that some bins are read from, in the order of their first use."""
+    chosen = ranges(plan.bin_starts, np.array([number for number in bins if number >= 0], np.int64))
+    dataset_of, sample_of = plan.dataset_of[chosen], plan.sample_of[chosen]
+    shard_of = np.zeros(len(chosen), np.int64)
+    for number, dataset in enumerate(plan.datasets):
+        of_it = dataset_of == number
+        shard_of[of_it] = np.searchsorted(dataset.catalog.starts, sample_of[of_it], side="right") - 1
+    pairs, first = np.unique(np.stack([dataset_of, shard_of]), axis=1, return_index=True)
+    return [(int(dataset), int(shard)) for dataset, shard in pairs[:, np.argsort(first)].T]
+
+
+def to_torch(batch: Batch) -> TorchBatch:
+    """Return a batch with tensors over the same memory: what goes into the model's call apart from what is said about it."""
+    return {
+        "inputs": {name: _tensor(value) for name, value in batch.model_inputs().items()},
+        "shift_labels": _tensor(batch.shift_labels),
+        "cu_seqlens": _tensor(batch.cu_seqlens),
+        "keys": list(batch.keys),
+        "num_supervised": batch.num_supervised,
+    }
+
+
+def _tensor(value: Any) -> Any:
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+
+
+def ahead(function: Callable[[Item], Result], items: Iterable[Item], *, num_threads: int) -> Iterator[Result]:
+    """Yield the function's results in the order of the items; threads work on the next few meanwhile."""
+    if not num_threads:
+        yield from map(function, items)
+        return
+    waiting = iter(items)
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="omniprep-stream") as pool:
+        running: deque[Future[Result]] = deque(pool.submit(function, item) for item in islice(waiting, 2 * num_threads))
+        try:
+            while running:
+                result = running.popleft().result()
+                running.extend(pool.submit(function, item) for item in islice(waiting, 1))
+                yield result
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _worker() -> tuple[int, int] | tuple[()]:
+    """Return (number, number of workers) in a worker process of a DataLoader, else nothing."""
+    worker = get_worker_info()
+    return () if worker is None else (worker.id, worker.num_workers)
+
+
+def _blend(datasets: str | Sequence[str | Blended] | Mapping[str, float], split: str) -> tuple[Blended, ...]:
+    if isinstance(datasets, str):
+        return (Blended(catalog=read_catalog(datasets, split=split)),)
+    if isinstance(datasets, Mapping):
+        return tuple(Blended(catalog=read_catalog(place, split=split), weight=weight) for place, weight in datasets.items())
+    return tuple(item if isinstance(item, Blended) else Blended(catalog=read_catalog(item, split=split)) for item in datasets)

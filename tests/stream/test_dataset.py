@@ -1,0 +1,403 @@
+"""The stream in torch: the same order for any number of ranks and workers, and exactly on from where it was."""
+
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from omniprep.errors import ConfigError, DatasetError
+from omniprep.stream.batch import pack
+from omniprep.stream.catalog import read_catalog
+from omniprep.stream.curriculum import Curriculum, Stage
+from omniprep.stream.dataset import StreamingDataset, shards_of
+from omniprep.stream.plan import Blended, Plan, PlanConfig
+from omniprep.stream.reader import RecordReader
+from omniprep.stream.shard_cache import ShardCache
+from tests.benchmarks.stream_corpus import write_dataset
+from tests.s3_server import S3, s3  # noqa: F401
+from tests.shards.builders import media_sample, preference_sample, text_sample
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),
+    pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning"),  # torchdata 0.11 with torch 2.12
+]
+CONFIG = PlanConfig(max_tokens=64, global_batch_size=24, window_samples=100, seed=7)
+NAMES = ("chat", "speech", "film")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    """Three datasets with their weights: text of many lengths, and two with media."""
+    root = tmp_path_factory.mktemp("stream")
+    for name, count in zip(NAMES, (400, 120, 90), strict=True):
+        samples = (
+            replace(text_sample(f"{name}-{number:08d}", 3 + number * 7 % 40), source=name)
+            if name == "chat" or number % 2
+            else media_sample(f"{name}-{number:08d}", source=name)
+            for number in range(count)
+        )
+        write_dataset(root / name, samples, max_shard_bytes=150_000)
+    return {str(root / name): weight for name, weight in zip(NAMES, (0.6, 0.25, 0.15), strict=True)}
+
+
+def stream(folders: Any, rank: int = 0, world_size: int = 1, config: PlanConfig = CONFIG, **options: Any) -> StreamingDataset:
+    return StreamingDataset(folders, config, rank=rank, world_size=world_size, **options)
+
+
+def loader(dataset: StreamingDataset, num_workers: int) -> DataLoader:
+    return DataLoader(dataset, batch_size=None, num_workers=num_workers)
+
+
+Steps = list[list[tuple[str, ...]]]
+
+
+def read_steps(
+    folders: Any, world_size: int, num_workers: int, *, state: dict | None = None, num_steps: int | None = None, **options: Any
+) -> tuple[Steps, dict[str, Any]]:
+    """Return the keys of the bins of every step, over all ranks, and the state of rank 0 after the last."""
+    per_rank = CONFIG.global_batch_size // world_size
+    steps: Steps = []
+    last: dict[str, Any] = {}
+    for rank in range(world_size):
+        dataset = stream(folders, rank, world_size, **options)
+        if state is not None:
+            dataset.load_state_dict(state)
+        batches = loader(dataset, num_workers)
+        for number, batch in enumerate(islice(batches, None if num_steps is None else num_steps * per_rank)):
+            if number // per_rank == len(steps):
+                steps.append([])
+            steps[number // per_rank].append(tuple(batch["keys"]))
+            last = batch["state"] if rank == 0 else last
+    return [sorted(step) for step in steps], last
+
+
+def planned(plan: Plan) -> Steps:
+    reader = RecordReader([dataset.catalog for dataset in plan.datasets])
+    steps = []
+    for step in range(plan.num_steps):
+        bins = [plan.samples_of(number) for number in plan.bins_of(step)]
+        steps.append(sorted(tuple(reader.read(*sample).key for sample in samples) for samples in bins))
+    return steps
+
+
+@pytest.fixture(scope="module")
+def whole(folders) -> Steps:
+    return planned(stream(folders).plan)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_the_order_is_the_plans_for_any_number_of_ranks_and_workers(
+    folders, whole: Steps, world_size: int, num_workers: int
+) -> None:
+    assert read_steps(folders, world_size, num_workers)[0] == whole
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 3), (3, 8), (8, 3), (8, 1), (1, 8)])
+@pytest.mark.parametrize("workers", [(0, 2), (4, 0), (1, 3)])
+def test_a_stream_goes_on_with_other_ranks_and_workers(
+    folders, whole: Steps, before: int, after: int, workers: tuple[int, int]
+) -> None:
+    first, state = read_steps(folders, before, workers[0], num_steps=3)
+    rest, _ = read_steps(folders, after, workers[1], state=state)
+    assert first + rest == whole
+
+
+def test_every_sample_is_read_once_an_epoch(folders) -> None:
+    steps, _ = read_steps(list(folders), 3, 2)
+    keys = [key for step in steps for document in step for key in document]
+    assert len(keys) == len(set(keys)) == 400 + 120 + 90
+
+
+def test_batches_hold_what_was_planned(folders) -> None:
+    dataset = stream(folders)
+    reader = RecordReader([one.catalog for one in dataset.plan.datasets])
+    for number, batch in enumerate(islice(dataset, 30)):
+        bins = dataset.plan.bins_of(number // CONFIG.global_batch_size)
+        expected = pack([reader.read(*sample) for sample in dataset.plan.samples_of(bins[number % CONFIG.global_batch_size])])
+        assert batch["inputs"].keys() == expected.model_inputs().keys()
+        for name, value in expected.model_inputs().items():
+            same = torch.equal(batch["inputs"][name], torch.as_tensor(value)) if not isinstance(value, bool) else not value
+            assert same, name
+        assert torch.equal(batch["shift_labels"], torch.as_tensor(expected.shift_labels))
+        assert batch["num_supervised"] == expected.num_supervised
+
+
+@pytest.mark.parametrize("num_threads", [0, 1, 5])
+def test_threads_change_nothing(folders, whole: Steps, num_threads: int) -> None:
+    assert read_steps(folders, 1, 0, num_threads=num_threads)[0] == whole
+
+
+@pytest.mark.parametrize("stop", [0, 1, 10, 24, 100])
+def test_the_state_of_the_dataset_is_that_of_the_last_batch(folders, stop: int) -> None:
+    dataset, again = stream(folders), stream(folders)
+    iterator = iter(dataset)
+    states = [batch["state"] for batch in islice(iterator, stop)]
+    assert states[-1:] == [dataset.state_dict()] * bool(stop)
+    again.load_state_dict(pickle.loads(pickle.dumps(dataset.state_dict())))
+    assert [batch["keys"] for batch in again] == [batch["keys"] for batch in iterator]
+
+
+def test_the_next_iteration_is_the_next_epoch(folders) -> None:
+    dataset = stream(folders)
+    epochs = [[tuple(batch["keys"]) for batch in dataset] for _ in range(3)]
+    assert dataset.epoch == 3
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    dataset.set_epoch(1)
+    assert [tuple(batch["keys"]) for batch in dataset] == epochs[1]
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_workers_go_on_to_the_next_epoch_too(folders, persistent: bool) -> None:
+    alone = stream(folders)
+    expected = [[tuple(batch["keys"]) for batch in alone] for _ in range(3)]
+    batches = DataLoader(stream(folders), batch_size=None, num_workers=2, persistent_workers=persistent)
+    assert [[tuple(batch["keys"]) for batch in batches] for _ in range(3)] == expected
+
+
+def test_spawned_workers_read_the_same(folders, whole: Steps) -> None:
+    """They get the dataset as a pickle, in a process that knows nothing of this one."""
+    dataset = stream(folders)
+    batches = DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context="spawn")
+    found = [tuple(batch["keys"]) for batch in batches]
+    assert sorted(found[: CONFIG.global_batch_size]) == whole[0]
+    assert dataset.epoch == 1
+
+
+def test_an_iteration_that_was_broken_off_begins_again(folders) -> None:
+    dataset = stream(folders)
+    first = [batch["keys"] for batch in islice(dataset, 10)]
+    assert [batch["keys"] for batch in islice(dataset, 10)] == first
+
+
+def test_an_epoch_is_over_with_its_last_batch(folders) -> None:
+    """A trainer that knows the length asks for no batch after the last."""
+    dataset = stream(folders)
+    *_, last = islice(dataset, len(dataset))
+    assert dataset.epoch == 1
+    again = stream(folders)
+    again.load_state_dict(last["state"])
+    assert again.epoch == 1
+    assert [batch["keys"] for batch in again] == [batch["keys"] for batch in dataset]
+
+
+def test_a_state_in_the_middle_of_a_step_is_for_as_many_ranks(folders) -> None:
+    state = next(iter(stream(folders, 0, 2)))["state"]
+    assert state["bin"] == 1
+    with pytest.raises(ConfigError, match="in the middle of step 0 by 2 ranks, and there are 3 now"):
+        stream(folders, 0, 3).load_state_dict(state)
+    dataset = stream(folders, 0, 2)
+    dataset.load_state_dict(state)
+    assert [batch["keys"] for batch in dataset] == [batch["keys"] for batch in stream(folders, 0, 2)][1:]
+
+
+def test_a_state_of_another_plan_is_refused(folders) -> None:
+    state = stream(folders).state_dict()
+    with pytest.raises(ConfigError, match=r"another plan.*seed"):
+        stream(folders, config=CONFIG.model_copy(update={"seed": 8})).load_state_dict(state)
+    with pytest.raises(ConfigError, match=r"expected the state of a stream \(epoch, step, plan, made_of, bin"):
+        stream(folders).load_state_dict({"step": 3})
+
+
+def test_where_workers_read_the_dataset_does_not_guess_its_state(folders) -> None:
+    dataset = stream(folders)
+    assert dataset.state_dict()["step"] == 0
+    for _ in islice(loader(dataset, 2), 3):
+        pass
+    with pytest.raises(ConfigError, match="StatefulDataLoader"):
+        dataset.state_dict()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+@pytest.mark.parametrize("stop", [1, 8, 50])
+def test_torchdatas_stateful_loader_resumes(folders, num_workers: int, stop: int) -> None:
+    torchdata = pytest.importorskip("torchdata.stateful_dataloader")
+    whole = [tuple(batch["keys"]) for batch in stream(folders)]
+    first = torchdata.StatefulDataLoader(stream(folders), batch_size=None, num_workers=num_workers)
+    iterator = iter(first)
+    found = [tuple(batch["keys"]) for batch in islice(iterator, stop)]
+    state = pickle.loads(pickle.dumps(first.state_dict()))
+    del iterator
+    second = torchdata.StatefulDataLoader(stream(folders), batch_size=None, num_workers=num_workers)
+    second.load_state_dict(state)
+    assert found + [tuple(batch["keys"]) for batch in second] == whole
+
+
+def test_a_curriculum_goes_from_short_to_long(folders) -> None:
+    datasets = [Blended(catalog=read_catalog(folder)) for folder in folders]
+    stages = [
+        Stage(datasets=datasets, config=CONFIG, num_epochs=2),
+        Stage(datasets=datasets, config=CONFIG.model_copy(update={"max_tokens": 256}), num_epochs=1),
+    ]
+    dataset = StreamingDataset(Curriculum(stages=tuple(stages)), rank=0, world_size=1)
+    longest = [max(batch["inputs"]["input_ids"].shape[1] for batch in dataset) for _ in range(3)]
+    assert longest[0] <= 64 and longest[1] <= 64 < longest[2] <= 256
+    with pytest.raises(ConfigError, match="epoch 3: the curriculum has 3"):
+        next(iter(dataset))
+
+
+def test_rows_can_be_padded_to_one_length(folders) -> None:
+    assert {batch["inputs"]["input_ids"].shape for batch in islice(stream(folders, pad_to=64), 30)} == {(1, 64)}
+
+
+def test_padded_batches_hold_samples_of_similar_length(folders) -> None:
+    config = CONFIG.model_copy(update={"batching": "padded", "max_tokens": 128})
+    shapes = [batch["inputs"]["attention_mask"].shape for batch in stream(folders, config=config)]
+    assert all(rows * length <= 128 for rows, length in shapes)
+    assert max(rows for rows, _ in shapes) > 4
+
+
+def test_preferences_stream_as_pairs(tmp_path: Path) -> None:
+    from omniprep.shards.members import MemberFormat
+
+    samples = (preference_sample(f"dpo-{number:08d}") for number in range(9))
+    write_dataset(tmp_path / "dpo", samples, form=MemberFormat(kind="preference"))
+    keys = [key for batch in stream(str(tmp_path / "dpo")) for key in batch["keys"]]
+    assert len(keys) == 18
+    assert keys[::2] == keys[1::2]
+
+
+def test_records_that_cannot_be_read_are_left_out_and_told(folders, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    copy = tmp_path / "chat"
+    shutil.copytree(next(iter(folders)), copy)
+    with (copy / "train-chat-00000.tar").open("r+b") as tar:
+        tar.write(bytes(512))
+    dataset = stream(str(copy))
+    keys = {key for batch in dataset for key in batch["keys"]}
+    assert len(keys) == 399
+    assert [corrupt.key for corrupt in dataset.corrupt] == ["chat-00000000"]
+    assert "train-chat-00000.tar: chat-00000000: expected the tar header" in caplog.text
+    with pytest.raises(DatasetError, match="max_corrupt=0"):
+        list(stream(str(copy), max_corrupt=0))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_remote_shards_come_through_the_cache(folders, whole: Steps, s3: S3, tmp_path: Path, num_workers: int) -> None:  # noqa: F811
+    from omniprep.storage.folder import open_folder
+
+    remote = {}
+    for folder, weight in folders.items():
+        url = f"{s3.url}/{Path(folder).name}"
+        for path in Path(folder).iterdir():
+            open_folder(url).write(path.name, path.read_bytes())
+        remote[url] = weight
+    cache = ShardCache(tmp_path / "cache", max_bytes=1 << 20)
+    assert read_steps(remote, 2, num_workers, cache=cache)[0] == whole
+    assert cache.num_bytes <= 1 << 20
+
+
+def test_shards_are_listed_in_the_order_of_their_use(folders) -> None:
+    plan = stream(folders).plan
+    catalogs = [dataset.catalog for dataset in plan.datasets]
+    used = [(d, catalogs[d].locate(s)[0]) for number in range(plan.num_bins) for d, s in plan.samples_of(number)]
+    assert shards_of(plan, [*range(plan.num_bins), -1]) == list(dict.fromkeys(used))
+
+
+RANKS = """
+import sys, torch.distributed as dist
+from torch.utils.data import DataLoader
+from omniprep.stream.dataset import StreamingDataset
+from omniprep.stream.plan import PlanConfig
+rank, folder, way = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+dataset = StreamingDataset(folder, PlanConfig(max_tokens=64, global_batch_size=4))   # before there are ranks
+dist.init_process_group("gloo", init_method="file://" + sys.argv[4], rank=rank, world_size=2)
+"""
+WAYS = {
+    "plain": "loader = DataLoader(dataset, batch_size=None, num_workers=int(sys.argv[5]))",
+    "not prepared": """
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+accelerator = Accelerator(cpu=True)
+loader = (send_to_device(b, accelerator.device) for b in DataLoader(dataset, batch_size=None, num_workers=int(sys.argv[5])))
+""",
+    "sharded": """
+from accelerate import Accelerator, DataLoaderConfiguration
+accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(dispatch_batches=False))
+loader = DataLoader(dataset, batch_size=1, collate_fn=lambda items: items[0], num_workers=int(sys.argv[5]))
+loader = accelerator.prepare(loader)
+""",
+    "dispatched": """
+from accelerate import Accelerator
+loader = Accelerator(cpu=True).prepare(DataLoader(dataset, batch_size=None, num_workers=int(sys.argv[5])))
+""",
+}
+"""How a trainer gets its batches."""
+
+
+def launched(rank: int) -> dict[str, str]:
+    """Return what torchrun says to a process; the port is not used."""
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
+
+def run_ranks(folder: str, way: str, num_workers: int, tmp_path: Path) -> list[tuple[int, list[str], str]]:
+    """Return exit code, keys and standard error of two ranks. One that fails leaves the other waiting, which is ended."""
+    code = RANKS + WAYS[way] + '\nfor batch in loader: print(*batch["keys"])\ndist.destroy_process_group()\n'
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(rank), folder, way, str(tmp_path / "meeting"), str(num_workers)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | ({} if way == "plain" else launched(rank)),
+        )
+        for rank in range(2)
+    ]
+    told = [run.communicate(timeout=180) for run in runs]
+    return [(run.returncode, out.split(), errors) for run, (out, errors) in zip(runs, told, strict=True)]
+
+
+@pytest.mark.parametrize("way", ["plain", "not prepared"])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_ranks_that_come_up_later_are_found(folders, tmp_path: Path, num_workers: int, way: str) -> None:
+    """As under Lightning, where datasets are made before the process group is."""
+    if way != "plain":
+        pytest.importorskip("accelerate")
+    (first, keys, errors), (second, other_keys, _) = run_ranks(next(iter(folders)), way, num_workers, tmp_path)
+    assert (first, second) == (0, 0), errors
+    assert len(keys) + len(other_keys) == len({*keys, *other_keys}) == 400
+
+
+@pytest.mark.parametrize(
+    ("way", "said"), [("sharded", "leave the loader out of accelerator.prepare()"), ("dispatched", "TypeError")]
+)
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_accelerate_may_not_split_the_stream_again(folders, tmp_path: Path, way: str, said: str, num_workers: int) -> None:
+    """Where it takes a loader apart it fails by itself; where it would silently drop samples, the stream refuses."""
+    pytest.importorskip("accelerate")
+    runs = run_ranks(next(iter(folders)), way, num_workers, tmp_path)
+    assert all(code for code, _, _ in runs)
+    assert said in runs[0][2]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")  # its own, of torch
+def test_lightning_trains_on_it(folders) -> None:
+    lightning = pytest.importorskip("lightning.pytorch")
+
+    class Watching(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+            self.keys: list[tuple[str, ...]] = []
+
+        def training_step(self, batch: dict[str, Any], number: int) -> torch.Tensor:
+            self.keys.append(tuple(batch["keys"]))
+            return (self.weight * batch["num_supervised"]).sum()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    model, dataset = Watching(), stream(folders)
+    trainer = lightning.Trainer(max_epochs=2, accelerator="cpu", barebones=False, **quiet)
+    trainer.fit(model, DataLoader(dataset, batch_size=None))
+    alone = stream(folders)
+    assert model.keys == [tuple(batch["keys"]) for _ in range(2) for batch in alone]
