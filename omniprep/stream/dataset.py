@@ -34,13 +34,16 @@ from omniprep.stream.curriculum import Curriculum
 from omniprep.stream.decode import DamagedRecord, PictureDecoder
 from omniprep.stream.order import ranges
 from omniprep.stream.plan import Blended, Plan, PlanConfig, make_plan
-from omniprep.stream.ranks import Ranks, find_ranks, refuse_second_split
+from omniprep.stream.ranks import Ranks, find_ranks, ranks_of_group, refuse_second_split
 from omniprep.stream.reader import RecordReader
 from omniprep.stream.shard_cache import ShardCache
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 TorchBatch = dict[str, Any]
+
+_MAX_WORKERS = 1024
+"""Of one DataLoader."""
 
 
 class _Place(NamedTuple):
@@ -91,13 +94,19 @@ class StreamingDataset(IterableDataset[TorchBatch]):  # type: ignore[misc]
         self._num_threads, self._pad_to = num_threads, pad_to
         self._cache, self._max_corrupt = cache, max_corrupt
         # Shared with the workers that a DataLoader forks or spawns: they know how far the stream is, this process does not.
-        self._finished_epochs = torch.zeros(1, dtype=torch.int64).share_memory_()
+        # One number a worker, for the first may have finished an epoch before the last has begun it.
+        self._finished_epochs = torch.zeros(_MAX_WORKERS, dtype=torch.int64).share_memory_()
         self._read_by_workers = torch.zeros(1, dtype=torch.bool).share_memory_()
         self._start = self._next = _Place()
         self._plan: Plan | None = None
         self.corrupt: list[Corrupt] = []
         """Records that this process has left out."""
         _ = self.ranks  # what is wrong with them is told here, where it can be known already
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a spawned worker needs: it is no member of this process's group, so it is told the rank."""
+        ranks = self._given_ranks if ranks_of_group() is None else (self.ranks.rank, self.ranks.world_size)
+        return {**self.__dict__, "_given_ranks": ranks}
 
     # Position ------------------------------------------------------------------------------------------------------
 
@@ -109,7 +118,7 @@ class StreamingDataset(IterableDataset[TorchBatch]):  # type: ignore[misc]
     @property
     def epoch(self) -> int:
         """Return the epoch that the next iteration reads."""
-        return max(self._start.epoch, int(self._finished_epochs))
+        return max(self._start.epoch, int(self._finished_epochs.min()))
 
     @property
     def plan(self) -> Plan:
@@ -169,7 +178,10 @@ class StreamingDataset(IterableDataset[TorchBatch]):  # type: ignore[misc]
 
     def _go_to(self, place: _Place) -> None:
         self._start = self._next = place
-        self._finished_epochs.fill_(place.epoch)
+        if worker := _worker():
+            self._finished_epochs[worker[0]] = place.epoch
+        else:
+            self._finished_epochs.fill_(place.epoch)
 
     def _state(self, place: _Place) -> dict[str, Any]:
         plan = self._plan_of(place.epoch)
@@ -200,8 +212,9 @@ class StreamingDataset(IterableDataset[TorchBatch]):  # type: ignore[misc]
         plan = self.plan
         start = self._start if self._start.epoch == plan.epoch else _Place(plan.epoch)
         first, stride = start.bin, 1
-        if worker := _worker():
-            self._read_by_workers.fill_(True)
+        worker = _worker()
+        self._read_by_workers.fill_(bool(worker))
+        if worker:
             stride = worker[1]
             first += 0 if start.of_worker else worker[0]
         numbers = range(first, len(self), stride)
@@ -216,7 +229,10 @@ class StreamingDataset(IterableDataset[TorchBatch]):  # type: ignore[misc]
 
     def _finish(self, epoch: int) -> None:
         self._start = _Place(epoch + 1)
-        self._finished_epochs.clamp_(min=epoch + 1)
+        number, num_workers = _worker() or (0, 1)
+        self._finished_epochs[number] = epoch + 1
+        if int(self._finished_epochs[:num_workers].min()) > epoch:
+            self._finished_epochs.fill_(epoch + 1)  # by the last of them; the next loader may have more workers
 
     def _batches(self, plan: Plan, numbers: range) -> Generator[tuple[int, TorchBatch], None, None]:
         """Yield some of this rank's batches in order, with their numbers; threads make them ahead."""

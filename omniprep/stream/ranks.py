@@ -36,7 +36,7 @@ def find_ranks(rank: int | None = None, world_size: int | None = None, *, enviro
     one group read the same bins, so `world_size` may divide that of the job, but not differ from it otherwise.
     Raises `ConfigError` if what is there does not agree.
     """
-    job = _of_torch() or _of_environment(environ)
+    job = ranks_of_group() or _of_environment(environ)
     if (rank is None) != (world_size is None):
         raise ConfigError(f"expected both rank and world_size, or neither, got {rank = }, {world_size = }")
     if rank is None or world_size is None:
@@ -54,7 +54,7 @@ def find_ranks(rank: int | None = None, world_size: int | None = None, *, enviro
     return given
 
 
-def _of_torch() -> Ranks | None:
+def ranks_of_group() -> Ranks | None:
     """Return the rank of a process group that is up. It is inherited by the worker processes that are forked later."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():

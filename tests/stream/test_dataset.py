@@ -5,6 +5,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from copy import copy
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -164,6 +165,19 @@ def test_workers_go_on_to_the_next_epoch_too(folders, persistent: bool) -> None:
     assert [[tuple(batch["keys"]) for batch in batches] for _ in range(3)] == expected
 
 
+def test_a_worker_that_starts_late_reads_the_same_epoch(folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others may have read theirs to the end by then. Copies stand in for forks: they share what forks share."""
+    dataset, alone = stream(folders), stream(folders)
+    for epoch in range(2):
+        found = []
+        for number in range(3):
+            monkeypatch.setattr("omniprep.stream.dataset._worker", lambda number=number: (number, 3))
+            assert dataset.epoch == epoch
+            found += [tuple(batch["keys"]) for batch in copy(dataset)]
+        monkeypatch.undo()
+        assert sorted(found) == sorted(tuple(batch["keys"]) for batch in alone)
+
+
 def test_spawned_workers_read_the_same(folders, whole: Steps) -> None:
     """They get the dataset as a pickle, in a process that knows nothing of this one."""
     dataset = stream(folders)
@@ -313,6 +327,9 @@ dist.init_process_group("gloo", init_method="file://" + sys.argv[4], rank=rank, 
 """
 WAYS = {
     "plain": "loader = DataLoader(dataset, batch_size=None, num_workers=int(sys.argv[5]))",
+    "spawned": """
+loader = DataLoader(dataset, batch_size=None, num_workers=int(sys.argv[5]), multiprocessing_context="spawn")
+""",
     "not prepared": """
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
@@ -347,7 +364,7 @@ def run_ranks(folder: str, way: str, num_workers: int, tmp_path: Path) -> list[t
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | ({} if way == "plain" else launched(rank)),
+            env=os.environ | ({} if way in ("plain", "spawned") else launched(rank)),
         )
         for rank in range(2)
     ]
@@ -355,11 +372,12 @@ def run_ranks(folder: str, way: str, num_workers: int, tmp_path: Path) -> list[t
     return [(run.returncode, out.split(), errors) for run, (out, errors) in zip(runs, told, strict=True)]
 
 
-@pytest.mark.parametrize("way", ["plain", "not prepared"])
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(
+    ("way", "num_workers"), [("plain", 0), ("plain", 2), ("spawned", 1), ("not prepared", 0), ("not prepared", 2)]
+)
 def test_ranks_that_come_up_later_are_found(folders, tmp_path: Path, num_workers: int, way: str) -> None:
     """As under Lightning, where datasets are made before the process group is."""
-    if way != "plain":
+    if way == "not prepared":
         pytest.importorskip("accelerate")
     (first, keys, errors), (second, other_keys, _) = run_ranks(next(iter(folders)), way, num_workers, tmp_path)
     assert (first, second) == (0, 0), errors
