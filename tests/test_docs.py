@@ -128,12 +128,13 @@ def test_every_part_key_is_explained() -> None:
             assert f"`{field}`" in page or field == "type", f"{part.__name__}.{field}"
 
 
-def test_the_figure_is_drawn_from_todays_positions() -> None:
-    spec = importlib.util.spec_from_file_location("rope_figure", DOCS / "rope_figure.py")
+@pytest.mark.parametrize("name", ["rope_figure", "plan_figure"])
+def test_figures_are_drawn_by_todays_code(name: str) -> None:
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.OUT.read_text(encoding="utf-8") == module.figure(), "run `python docs/rope_figure.py`"
+    assert module.OUT.read_text(encoding="utf-8") == module.figure(), f"run `python docs/{name}.py`"
 
 
 def test_links_between_pages_lead_somewhere() -> None:
