@@ -17,6 +17,7 @@ from rich.segment import Segment, Segments
 from omniprep.errors import printable
 
 if TYPE_CHECKING:
+    from omniprep.bench_loader import LoaderBench
     from omniprep.plan import Plan
     from omniprep.prepare_partition import Job
     from omniprep.run.progress import Progress, Scan
@@ -140,3 +141,41 @@ def show_plan(found: "Plan") -> None:
     show(f"longest: {longest.value:,} tokens, {longest.place}")
     show(f"memory: a worker holds up to about {in_bytes(heaviest.value)} for one record, {heaviest.place}")
     show(f"run.rows_per_partition: {found.suggested_rows_per_partition} would make shards of about 256 MiB")
+
+
+def show_loader_bench(found: "LoaderBench") -> None:
+    """Write what reading a dataset took, and how that compares."""
+    from rich.table import Table
+
+    from omniprep.bench_loader import NOT_DONE_BY_OTHERS, OUR_RECORDS
+
+    speed = found.consumer_tokens_per_s
+    table = Table(title=f"{found.plan.batching} bins of {found.plan.max_tokens:,} tokens", title_justify="left")
+    for column in (
+        *("loader", "workers", "threads", "batches", "samples", "samples/s", "tokens/s", "MB/s"),
+        *("CPU ms/sample", "first batch s", "waits"),
+    ):
+        table.add_column(column, justify="left" if column == "loader" else "right")
+    for run in found.runs:
+        table.add_row(
+            run.loader,
+            str(run.num_workers),
+            "-" if run.num_threads is None else str(run.num_threads),
+            f"{run.num_batches:,}",
+            f"{run.num_samples:,}",
+            f"{run.samples_per_s:,.1f}",
+            f"{run.tokens_per_s:,.0f}",
+            f"{run.mb_per_s:,.1f}",
+            f"{run.cpu_ms_per_sample:.2f}",
+            f"{run.first_batch_s:.2f}",
+            "-" if run.wait_share is None else f"{run.wait_share:.1%}",
+        )
+    show_rich(table)
+    consumer = "takes no time of its own" if speed is None else f"takes {speed:,.0f} tokens/s at most"
+    show(f"waits: share of the time that the consumer waits for a batch; it {consumer}")
+    for ratio in found.ratios:
+        clock = "" if ratio.samples_per_s is None else f"{ratio.samples_per_s:.1f}x the samples/s, "
+        told = f"{clock}{ratio.samples_per_cpu_s:.1f}x the samples per CPU-second"
+        show(f"{OUR_RECORDS} / {ratio.loader}, members as arrays, best of each: {told}")
+    if found.ratios:
+        show(f"{NOT_DONE_BY_OTHERS}. `omniprep` does all of that, so no ratio is taken from its rows")

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -14,7 +15,10 @@ from omniprep.cli import app
 from omniprep.shards.manifest import Manifest
 from tests.prepare_builders import chat, write_media, write_recipe, write_rows
 
-COMMANDS = ("prepare", "retry", "plan", "verify", "diff", "inspect", "encode", "schema")
+COMMANDS = (
+    *("prepare", "retry", "plan", "verify", "diff", "inspect", "encode", "schema"),
+    *("bench loader", "export energon"),
+)
 OPTIONS = {
     "prepare": {
         *("--out", "--workers", "--executor", "--address", "--limit"),
@@ -40,6 +44,11 @@ OPTIONS = {
         "--json",
     },
     "schema": {"--out"},
+    "bench loader": {
+        *("--num-workers", "--num-threads", "--max-tokens", "--batching", "--num-batches", "--consumer-tokens-per-s"),
+        *("--compare", "--json"),
+    },
+    "export energon": set(),
 }
 
 
@@ -59,16 +68,24 @@ def recipe(tmp_path: Path) -> Path:
 def test_options_do_not_change_silently() -> None:
     import typer
 
-    group = typer.main.get_command(app)
-    assert set(group.commands) == set(COMMANDS)  # type: ignore[attr-defined]
-    for name, command in group.commands.items():  # type: ignore[attr-defined]
+    commands = leaves(typer.main.get_command(app))
+    assert set(commands) == set(COMMANDS)
+    for name, command in commands.items():
         found = {text for option in command.params for text in (*option.opts, *option.secondary_opts) if text.startswith("--")}
         assert found - {"--help"} == OPTIONS[name], name
 
 
+def leaves(group: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the commands of a group and of the groups in it, by the words that call them."""
+    if not hasattr(group, "commands"):
+        return {prefix.strip(): group}
+    found = (leaves(command, f"{prefix} {name}") for name, command in group.commands.items())
+    return {name: command for part in found for name, command in part.items()}
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_an_example(command: str) -> None:
-    assert re.search(rf"Example: omniprep {command} \S", run(command, "--help").output)
+    assert re.search(rf"Example: omniprep {command} \S", run(*command.split(), "--help").output)
 
 
 def test_version() -> None:
@@ -133,6 +150,9 @@ def test_nothing_stored_gives_exit_code_1(tmp_path: Path) -> None:
         (["verify", "now\x1b[2Jhere"], 2, "now\\x1b[2Jhere: manifest.json is missing"),
         (["schema", "nothing.json"], 2, "no schema 'nothing.json'; there are conversation.json"),
         (["encode", "nowhere.jsonl", "--out", "x"], 2, "no file matches 'nowhere.jsonl'"),
+        (["bench", "loader", "nowhere"], 2, "nowhere: manifest.json is missing, so this is no dataset"),
+        (["bench", "loader", "nowhere", "--num-workers", "0,x"], 2, "--num-workers: expected numbers of 0 to 256"),
+        (["export", "energon", "nowhere"], 2, "nowhere: manifest.json is missing, so this is no dataset"),
     ],
 )
 def test_a_users_mistake_is_one_line(arguments: list[str], code: int, message: str, tmp_path: Path, monkeypatch) -> None:
@@ -220,6 +240,47 @@ def test_encode_writes_npz_and_tells_what_it_cannot(tmp_path: Path) -> None:
     with np.load(tmp_path / "npz" / "id-0.npz") as arrays:
         assert arrays["input_ids"].ndim == arrays["labels"].ndim
     assert json.loads(run("encode", file, "--out", tmp_path / "npz", "--json", code=1).stdout.splitlines()[0])["key"] == "id-0"
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file .*tar:ResourceWarning")  # webdataset's, where a reader stops in a tar
+def test_bench_loader_shows_a_table_and_ratios(recipe: Path, tmp_path: Path) -> None:
+    run("prepare", recipe)
+    output = run("bench", "loader", tmp_path / "out", "--num-workers", "0", "--num-threads", 1, "--compare").stdout
+    for loader in ("omniprep", "omniprep records", "webdataset", "datasets"):
+        assert re.search(rf"│ {loader} +│", output), loader
+    assert re.search(r"omniprep records / webdataset, .*x the samples/s, [\d.]+x the samples per CPU-second", output)
+    assert "they do not shuffle, blend, pack" in output
+
+
+def test_bench_loader_as_json(recipe: Path, tmp_path: Path) -> None:
+    run("prepare", recipe)
+    options = ("--num-workers", "0", "--batching", "single", "--num-batches", 1, "--consumer-tokens-per-s", 1e6, "--json")
+    found = json.loads(run("bench", "loader", tmp_path / "out", *options).stdout)
+    assert found["consumer_tokens_per_s"] == 1e6
+    assert found["plan"]["batching"] == "single"
+    assert [(one["loader"], one["num_batches"], one["num_samples"]) for one in found["runs"]] == [("omniprep", 1, 1)]
+    assert found["runs"][0]["samples_per_s"] == pytest.approx(1 / found["runs"][0]["wall_s"])
+
+
+def test_bench_loader_tells_what_does_not_fit_and_what_is_not_there(recipe: Path, tmp_path: Path) -> None:
+    run("prepare", recipe)
+    out = tmp_path / "out"
+    for workers in ("0", "2"):
+        told = run("bench", "loader", out, "--num-workers", workers, "--max-tokens", 1, code=2).stderr
+        assert re.fullmatch(r"error: .* tokens > max_tokens=1 .*\n", told)
+    (out / "train-chat-00000.tar").unlink()
+    told = run("bench", "loader", out, "--num-workers", "2", code=1).stderr
+    assert re.fullmatch(r"error: .*train-chat-00000\.tar: is missing.*\n", told)
+
+
+def test_export_energon_is_seen_and_may_be_repeated(recipe: Path, tmp_path: Path) -> None:
+    from omniprep.stream.energon import energon_is_current
+
+    run("prepare", recipe)
+    for _ in range(2):
+        told = run("export", "energon", tmp_path / "out").stdout
+        assert told == f"{tmp_path / 'out'}: Megatron-Energon can open it now; records: train 2\n"
+        assert energon_is_current(tmp_path / "out")
 
 
 def test_schema_prints_and_writes(tmp_path: Path) -> None:
