@@ -10,7 +10,7 @@ A run reads some batches as a trainer does and sleeps after each, as long as a G
 does meanwhile costs no time. Without a consumer's speed nothing sleeps, and the rates are what the loader can do at most.
 
 Everything is read once before it is measured, so the figures are those of a warm page cache: a disk or a network that is
-slower is a limit of its own. `cpu_s` is that of this process and its workers, with the few batches read ahead of the last.
+slower is a limit of its own. `cpu_s` is that of this process and its workers; OmniPrep reads nothing beyond the last batch.
 
 The other loaders read the tars of the same dataset one record after another, as many records as OmniPrep's first run had
 samples, and hand over the members as arrays. That is less than a batch is: `NOT_DONE_BY_OTHERS`. What they are compared
@@ -157,7 +157,7 @@ def bench_loader(
     catalog = read_catalog(place)
     others = _others(catalog) if compare else {}
     take = partial(_run, catalog=catalog, tokens_per_s=consumer_tokens_per_s)
-    ours = partial(_open_stream, place, plan, num_threads=num_threads)
+    ours = partial(_open_stream, place, plan, num_batches=num_batches, num_threads=num_threads)
     shards = _planned_shards(catalog, plan, num_batches)
     # First without workers: a mistake is told in one line then, and not as the traceback of another process.
     _ = take(OURS, ours, _look_at_batch, limit=num_batches, shards=shards, tokens_per_s=None)
@@ -167,7 +167,7 @@ def bench_loader(
     ]
     look = partial(_look_at_record, names=tuple(f"{name}.npy" for name in SEQUENCES[catalog.kind]))
     if compare:
-        records = partial(_open_records, place, plan)
+        records = partial(_open_records, place, plan, num_batches=num_batches)
         runs += [
             take(
                 OUR_RECORDS,
@@ -315,12 +315,18 @@ def _cpu_s() -> float:
 # OmniPrep ----------------------------------------------------------------------------------------------------------
 
 
-def _open_stream(place: str, plan: PlanConfig, *, num_threads: int, num_workers: int) -> Iterable[Any]:
+def _open_stream(place: str, plan: PlanConfig, *, num_batches: int, num_threads: int, num_workers: int) -> Iterable[Any]:
     from torch.utils.data import DataLoader
 
     from omniprep.stream.dataset import StreamingDataset
 
-    dataset = StreamingDataset(place, plan, rank=0, world_size=1, num_threads=num_threads)
+    class Beginning(StreamingDataset):
+        """An epoch that ends early: threads and workers would else make batches ahead that nobody takes."""
+
+        def __len__(self) -> int:
+            return min(num_batches, super().__len__())
+
+    dataset = Beginning(place, plan, rank=0, world_size=1, num_threads=num_threads)
     _ = dataset.plan  # it is made when it is first asked for; to open a dataset is to have it
     return DataLoader(dataset, batch_size=None, num_workers=num_workers)  # type: ignore[no-any-return]
 
@@ -329,18 +335,18 @@ def _look_at_batch(batch: Mapping[str, Any]) -> tuple[Sequence[str], int]:
     return batch["keys"], int(batch["cu_seqlens"][-1])
 
 
-def _open_records(place: str, config: PlanConfig, *, num_threads: int, num_workers: int) -> Iterator[Record]:
-    """Return an iterator over the records of the plan; a record is valid until the next one is asked for."""
+def _open_records(place: str, config: PlanConfig, *, num_batches: int, num_threads: int, num_workers: int) -> Iterator[Record]:
+    """Return an iterator over the records of the first batches; a record is valid until the next one is asked for."""
     if num_workers:
         raise ValueError(f"threads of this process read records, got {num_workers = }")
     catalog = read_catalog(place)
-    return _records(catalog, make_plan([Blended(catalog=catalog)], config), num_threads)
+    plan = make_plan([Blended(catalog=catalog)], config)
+    return _records(catalog, [plan.samples_of(number) for number in _first_bins(plan, num_batches)], num_threads)
 
 
-def _records(catalog: Catalog, plan: Plan, num_threads: int) -> Iterator[Record]:
+def _records(catalog: Catalog, bins: Sequence[Sequence[tuple[int, int]]], num_threads: int) -> Iterator[Record]:
     from omniprep.stream.dataset import ahead
 
-    bins = (plan.samples_of(number) for step in range(plan.num_steps) for number in plan.bins_of(step))
     with closing(RecordReader([catalog])) as reader:
         for records in ahead(reader.read_bin, bins, num_threads=num_threads):
             with records:
@@ -356,15 +362,23 @@ def _planned_shards(catalog: Catalog, config: PlanConfig, num_batches: int) -> l
     from omniprep.stream.dataset import shards_of
 
     plan = make_plan([Blended(catalog=catalog)], config)
-    bins = [number for step in range(min(num_batches, plan.num_steps)) for number in plan.bins_of(step)]
-    return [shard for _, shard in shards_of(plan, bins)]
+    return [shard for _, shard in shards_of(plan, _first_bins(plan, num_batches))]
+
+
+def _first_bins(plan: Plan, num_batches: int) -> list[int]:
+    """Return the bins of the first batches, in the order of their steps."""
+    steps = range(min(num_batches, plan.num_steps))
+    return [number for step in steps for number in plan.bins_of(step)][:num_batches]
 
 
 # Others ------------------------------------------------------------------------------------------------------------
 
 
 def _others(catalog: Catalog) -> dict[str, Callable[..., Iterable[Any]]]:
-    """Return how other loaders open the shards of a catalog. Raises `ConfigError` if they are not on this machine, `DatasetError` if one is missing."""
+    """Return how other loaders open the shards of a catalog.
+
+    Raises `ConfigError` if they are not on this machine, `DatasetError` if one is missing.
+    """
     folder = as_folder(catalog.place)
     if not isinstance(folder, LocalFolder):
         raise ConfigError(f"{catalog.place}: the comparison reads local shards only; copy some here, or leave out --compare")

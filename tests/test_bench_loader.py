@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -117,6 +118,24 @@ def test_a_limit_is_kept(place: str, catalog: Catalog) -> None:
         assert (run.num_batches, run.num_samples, run.num_tokens) == (7, 7, int(catalog.num_tokens[:7].sum()))
         assert run.num_bytes == sum(known[f"mix-{row:08d}"] for row in range(7))
     assert found.ratios == ()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_no_batch_is_made_that_nobody_takes(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int
+) -> None:
+    from omniprep.stream.dataset import StreamingDataset
+
+    real, made = StreamingDataset._make, tmp_path / "made"
+
+    def counted(self: StreamingDataset, *arguments: Any) -> Any:
+        with made.open("a") as file:  # a worker's memory is not this one's
+            file.write("x")
+        return real(self, *arguments)
+
+    monkeypatch.setattr(StreamingDataset, "_make", counted)
+    bench_loader(place, PLAN, num_workers=(num_workers,), num_batches=5)
+    assert len(made.read_text()) == 2 * 5, "of the run before, which is not measured, and of the run"
 
 
 def test_a_consumer_without_end_waits_and_a_slow_one_does_not(place: str) -> None:
