@@ -80,7 +80,7 @@ def table(ratios: Sequence[Ratio]) -> Table:
 
 def memory_table(peaks: Sequence[Peak]) -> Table:
     """Return the peaks of memory as a table."""
-    shown = _table("Peak memory of a worker in MB above an empty one", "1 minute", "1 hour", "limit")
+    shown = _table("Peak memory of a worker in MB above an empty one", "short", "long", "limit")
     for one in peaks:
         shown.add_row(one.name, f"{one.short_mb:.0f}", f"{one.long_mb:.0f}", f"≤ {one.limit_mb:g}", _met(one.met))
     return shown
