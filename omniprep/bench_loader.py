@@ -323,8 +323,8 @@ def _open_stream(place: str, plan: PlanConfig, *, num_batches: int, num_threads:
     class Beginning(StreamingDataset):
         """An epoch that ends early: threads and workers would else make batches ahead that nobody takes."""
 
-        def __len__(self) -> int:
-            return min(num_batches, super().__len__())
+        def _num_bins(self, plan: Plan) -> int:
+            return min(num_batches, super()._num_bins(plan))
 
     dataset = Beginning(place, plan, rank=0, world_size=1, num_threads=num_threads)
     _ = dataset.plan  # it is made when it is first asked for; to open a dataset is to have it

@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from copy import copy
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
@@ -89,6 +89,9 @@ class StreamingDataset(IterableDataset[TorchBatch]):  # type: ignore[misc]
             self._make_plan: Callable[..., Plan] = datasets.plan
         else:
             self._make_plan = partial(make_plan, _blend(datasets, split), plan or PlanConfig())
+        stages = datasets.stages if isinstance(datasets, Curriculum) else ()
+        for config in (stage.config for stage in stages) if stages else (plan or PlanConfig(),):
+            _check_pad_to(pad_to, config)
         self.profile = profile
         self._given_ranks = (rank, world_size)
         self._num_threads, self._pad_to = num_threads, pad_to
@@ -97,10 +100,13 @@ class StreamingDataset(IterableDataset[TorchBatch]):  # type: ignore[misc]
         # One number a worker, for the first may have finished an epoch before the last has begun it.
         self._finished_epochs = torch.zeros(_MAX_WORKERS, dtype=torch.int64).share_memory_()
         self._read_by_workers = torch.zeros(1, dtype=torch.bool).share_memory_()
+        # Epoch, bin, and how often this process has set them: workers that live on take what is newer than what they have.
+        self._told = torch.zeros(3, dtype=torch.int64).share_memory_()
+        self._num_told = 0
         self._start = self._next = _Place()
         self._plan: Plan | None = None
         self.corrupt: list[Corrupt] = []
-        """Records that this process has left out."""
+        """Records that this process has left out of the last epoch that it read."""
         _ = self.ranks  # what is wrong with them is told here, where it can be known already
 
     def __getstate__(self) -> dict[str, Any]:
@@ -127,11 +133,14 @@ class StreamingDataset(IterableDataset[TorchBatch]):  # type: ignore[misc]
 
     def __len__(self) -> int:
         """Return how many batches this rank has in the whole epoch: the steps, times its share of one."""
-        return self.plan.num_steps * self._bins_a_step(self.plan)
+        return self._num_bins(self.plan)
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin at the start of an epoch, unless that is the one that comes next: then a loaded position is kept."""
-        if epoch != self.epoch:
+        """Begin at the start of an epoch, unless that is the one that comes next: then a loaded position is kept.
+
+        Call it after an iteration with worker processes that was broken off: they may be further than the trainer was.
+        """
+        if epoch != self.epoch or int(self._finished_epochs.max()) > epoch:
             self._go_to(_Place(epoch))
 
     def state_dict(self) -> dict[str, Any]:
@@ -140,12 +149,12 @@ class StreamingDataset(IterableDataset[TorchBatch]):  # type: ignore[misc]
         Raises `ConfigError` where worker processes read: how far the trainer is, is not known here. Save `batch["state"]` of
         the last batch that was trained on, or use torchdata's `StatefulDataLoader`, which asks the workers.
         """
-        if get_worker_info() is None and bool(self._read_by_workers):
+        if not _worker() and bool(self._read_by_workers):
             raise ConfigError(
                 "worker processes of a DataLoader read this stream, and how far the trainer is, is not known here: save "
                 'batch["state"] of the last batch trained on, or use torchdata\'s StatefulDataLoader'
             )
-        return self._state(self._next)
+        return self._state(self._next if self._next.epoch >= self.epoch else _Place(self.epoch))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where a state was taken: with any number of ranks and workers if that was between two steps.
@@ -162,26 +171,33 @@ class StreamingDataset(IterableDataset[TorchBatch]):  # type: ignore[misc]
         plan = self._plan_of(epoch)
         step = plan.check_state(state)
         ranks = self.ranks
-        if done and world_size != ranks.world_size:
+        if (done or worker) and world_size != ranks.world_size:
+            what = f"is of worker {worker[0]}" if worker else f"was taken in the middle of step {step}"
             raise ConfigError(
-                f"the state was taken in the middle of step {step} by {world_size} ranks, and there are {ranks.world_size} now; "
-                "to change their number, load a state that was saved after a whole step (global_batch_size bins)"
+                f"the state {what} by {world_size} ranks, and there are {ranks.world_size} now; "
+                'to change their number, load a `batch["state"]` of the end of a step (global_batch_size bins)'
             )
         if worker not in ((), _worker()):
             raise ConfigError(
                 f"the state is that of worker {worker[0]} of {worker[1]}; it belongs into the same StatefulDataLoader, "
                 'with as many workers; batch["state"] goes with any number of them'
             )
-        place = _Place(epoch, step * self._bins_a_step(plan) + done, of_worker=bool(worker))
-        is_over = place.bin >= plan.num_steps * self._bins_a_step(plan)
-        self._go_to(_Place(epoch + 1) if is_over else place)
+        self._go_to(_Place(epoch, step * self._bins_a_step(plan) + done, of_worker=bool(worker)))
 
     def _go_to(self, place: _Place) -> None:
-        self._start = self._next = place
+        is_over = place.bin > 0 and place.bin >= self._num_bins(self._plan_of(place.epoch))
         if worker := _worker():
+            # Its share is read, those of the others may not be: it waits for them at the end of the epoch.
+            self._start = self._next = place
             self._finished_epochs[worker[0]] = place.epoch
-        else:
-            self._finished_epochs.fill_(place.epoch)
+            if is_over:
+                self._finish(place.epoch)
+            return
+        self._start = self._next = _Place(place.epoch + 1) if is_over else place
+        self._finished_epochs.fill_(self._start.epoch)
+        self._read_by_workers.fill_(False)
+        self._num_told += 1
+        self._told.copy_(torch.tensor([self._start.epoch, self._start.bin, self._num_told]))
 
     def _state(self, place: _Place) -> dict[str, Any]:
         plan = self._plan_of(place.epoch)
@@ -199,7 +215,13 @@ class StreamingDataset(IterableDataset[TorchBatch]):  # type: ignore[misc]
         return self._plan
 
     def _bins_a_step(self, plan: Plan) -> int:
-        return len(plan.bins_of(0, rank=self.ranks.rank, world_size=self.ranks.world_size))
+        size, ranks = plan.config.global_batch_size, self.ranks
+        if size % ranks.world_size:
+            plan.bins_of(0, rank=ranks.rank, world_size=ranks.world_size)  # says what is wrong
+        return size // ranks.world_size
+
+    def _num_bins(self, plan: Plan) -> int:
+        return plan.num_steps * self._bins_a_step(plan)
 
     # Reading -------------------------------------------------------------------------------------------------------
 
@@ -209,27 +231,34 @@ class StreamingDataset(IterableDataset[TorchBatch]):  # type: ignore[misc]
         An iteration that is broken off before that is begun again by the next one, where it began.
         """
         refuse_second_split(sys._getframe(1))
+        worker = _worker()
+        told_epoch, told_bin, num_told = self._told.tolist()
+        if worker and num_told > self._num_told:
+            self._start, self._num_told = _Place(told_epoch, told_bin), num_told
         plan = self.plan
         start = self._start if self._start.epoch == plan.epoch else _Place(plan.epoch)
         first, stride = start.bin, 1
-        worker = _worker()
         self._read_by_workers.fill_(bool(worker))
         if worker:
             stride = worker[1]
+            self._finished_epochs[worker[0]] = plan.epoch
             first += 0 if start.of_worker else worker[0]
-        numbers = range(first, len(self), stride)
+        num_bins = self._num_bins(plan)
+        numbers = range(first, num_bins, stride)
         with closing(self._batches(plan, numbers)) as batches:
             for number, batch in batches:
                 # Of a worker, its own next bin, for StatefulDataLoader asks each; with the batch goes the rank's.
-                self._next = _Place(plan.epoch, number + stride, of_worker=bool(worker))
+                self._next = _Place(plan.epoch, min(number + stride, num_bins), of_worker=bool(worker))
                 if number == numbers[-1]:  # who knows the length does not ask for what would come after the last
                     self._finish(plan.epoch)
                 yield {**batch, "state": self._state(_Place(plan.epoch, number + 1))}
         self._finish(plan.epoch)
 
     def _finish(self, epoch: int) -> None:
-        self._start = _Place(epoch + 1)
-        number, num_workers = _worker() or (0, 1)
+        worker = _worker()
+        if not worker:
+            self._start = _Place(epoch + 1)
+        number, num_workers = worker or (0, 1)
         self._finished_epochs[number] = epoch + 1
         if int(self._finished_epochs[:num_workers].min()) > epoch:
             self._finished_epochs.fill_(epoch + 1)  # by the last of them; the next loader may have more workers
@@ -237,15 +266,16 @@ class StreamingDataset(IterableDataset[TorchBatch]):  # type: ignore[misc]
     def _batches(self, plan: Plan, numbers: range) -> Generator[tuple[int, TorchBatch], None, None]:
         """Yield some of this rank's batches in order, with their numbers; threads make them ahead."""
         ranks, per_step = self.ranks, self._bins_a_step(plan)
+        bins_of = lru_cache(maxsize=64)(partial(plan.bins_of, rank=ranks.rank, world_size=ranks.world_size))
 
         def bin_of(number: int) -> int:
             step, place = divmod(number, per_step)
-            return plan.bins_of(step, rank=ranks.rank, world_size=ranks.world_size)[place]
+            return bins_of(step)[place]
 
         # Of a cache that a worker has inherited by a fork, threads are missing and locks may be held by them.
         cache = copy(self._cache) if _worker() else self._cache
         reader = RecordReader([dataset.catalog for dataset in plan.datasets], cache=cache, max_corrupt=self._max_corrupt)
-        decoder = PictureDecoder()  # in the thread that makes the batch: there are enough of those
+        decoder = PictureDecoder(profile=self.profile)  # in the thread that makes the batch: there are enough of those
         try:
             if cache is not None:
                 reader.prefetch(shards_of(plan, [bin_of(number) for number in numbers]))
@@ -255,19 +285,18 @@ class StreamingDataset(IterableDataset[TorchBatch]):  # type: ignore[misc]
                 num_threads=self._num_threads,
             )
         finally:
-            self.corrupt += reader.corrupt
+            self.corrupt = list(reader.corrupt)
             reader.close()
             decoder.close()
 
     def _make(self, reader: RecordReader, decoder: PictureDecoder, plan: Plan, number: int) -> TorchBatch:
         """Return a bin's batch, without records that cannot be read or do not agree with themselves."""
         collate = pad if plan.config.batching == "padded" else pack
-        pad_to = None if plan.config.batching == "single" else self._pad_to
         with reader.read_bin(plan.samples_of(number)) as found:
             records, samples = found.records, found.samples
             while True:
                 try:
-                    return to_torch(collate(records, pad_to=pad_to, decoder=decoder, profile=self.profile))
+                    return to_torch(collate(records, pad_to=self._pad_to, decoder=decoder, profile=self.profile))
                 except DamagedRecord as error:
                     reader.leave_out(*samples[error.number], error.detail)
                     records, samples = ([*items[: error.number], *items[error.number + 1 :]] for items in (records, samples))
@@ -321,6 +350,14 @@ def _worker() -> tuple[int, int] | tuple[()]:
     """Return (number, number of workers) in a worker process of a DataLoader, else nothing."""
     worker = get_worker_info()
     return () if worker is None else (worker.id, worker.num_workers)
+
+
+def _check_pad_to(pad_to: int | None, config: PlanConfig) -> None:
+    if pad_to is not None and (config.batching != "packed" or pad_to < config.max_tokens):
+        raise ConfigError(
+            f"pad_to={pad_to}: expected packed bins and at least max_tokens={config.max_tokens}, "
+            f"got batching={config.batching!r}; leave it out, or raise it"
+        )
 
 
 def _blend(datasets: str | Sequence[str | Blended] | Mapping[str, float], split: str) -> tuple[Blended, ...]:

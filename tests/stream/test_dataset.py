@@ -7,7 +7,7 @@ import subprocess
 import sys
 from copy import copy
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +244,61 @@ def test_torchdatas_stateful_loader_resumes(folders, num_workers: int, stop: int
     second = torchdata.StatefulDataLoader(stream(folders), batch_size=None, num_workers=num_workers)
     second.load_state_dict(state)
     assert found + [tuple(batch["keys"]) for batch in second] == whole
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("stop", [241, 244, 479, 480])
+def test_torchdatas_stateful_loader_resumes_in_a_later_epoch(folders, num_workers: int, stop: int) -> None:
+    torchdata = pytest.importorskip("torchdata.stateful_dataloader")
+    alone = stream(folders)
+    assert len(alone) == 240
+    whole = [tuple(batch["keys"]) for _ in range(3) for batch in alone]
+    first = torchdata.StatefulDataLoader(stream(folders), batch_size=None, num_workers=num_workers)
+    batches = chain.from_iterable(iter(first) for _ in range(3))
+    found = [tuple(batch["keys"]) for batch in islice(batches, stop)]
+    state = pickle.loads(pickle.dumps(first.state_dict()))
+    del batches
+    second = torchdata.StatefulDataLoader(stream(folders), batch_size=None, num_workers=num_workers)
+    second.load_state_dict(state)
+    rest: list[tuple[str, ...]] = []
+    while len(found) + len(rest) < len(whole):
+        rest += [tuple(batch["keys"]) for batch in second]
+    assert found + rest == whole
+
+
+def test_a_workers_state_is_for_as_many_ranks(folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("omniprep.stream.dataset._worker", lambda: (0, 2))
+    dataset = stream(folders, 0, 24)  # a bin a step: every batch ends one
+    next(iter(dataset))
+    state = dataset.state_dict()
+    assert (state["bin"], state["worker"]) == (0, [0, 2])
+    with pytest.raises(ConfigError, match="worker 0 by 24 ranks, and there are 12 now"):
+        stream(folders, 0, 12).load_state_dict(state)
+
+
+def test_workers_that_live_on_take_a_new_position(folders) -> None:
+    alone = stream(folders)
+    epochs = [[tuple(batch["keys"]) for batch in alone] for _ in range(3)]
+    dataset = stream(folders)
+    batches = DataLoader(dataset, batch_size=None, num_workers=2, persistent_workers=True)
+    assert [tuple(batch["keys"]) for batch in islice(batches, 10)] == epochs[0][:10]
+    assert [tuple(batch["keys"]) for batch in batches] == epochs[0]  # begun again: the trainer broke off
+    assert [tuple(batch["keys"]) for batch in batches] == epochs[1]
+    dataset.set_epoch(0)
+    assert [tuple(batch["keys"]) for batch in batches] == epochs[0]
+    state = next(islice(stream(folders), 4, None))["state"]
+    dataset.load_state_dict(state)
+    assert dataset.state_dict() == state
+    assert [tuple(batch["keys"]) for batch in batches] == epochs[0][5:]
+    list(islice(batches, 236))  # so near the end of epoch 1 that workers are through
+    dataset.set_epoch(1)
+    assert [tuple(batch["keys"]) for batch in batches] == epochs[1]
+
+
+@pytest.mark.parametrize("change", [{"batching": "padded"}, {"batching": "single"}, {"max_tokens": 65}])
+def test_rows_are_padded_only_where_that_keeps_to_the_plan(folders, change: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="pad_to=64: expected packed bins and at least max_tokens="):
+        stream(folders, config=CONFIG.model_copy(update=change), pad_to=64)
 
 
 def test_a_curriculum_goes_from_short_to_long(folders) -> None:
