@@ -154,7 +154,9 @@ class StreamingDataset(IterableDataset[TorchBatch]):  # type: ignore[misc]
                 "worker processes of a DataLoader read this stream, and how far the trainer is, is not known here: save "
                 'batch["state"] of the last batch trained on, or use torchdata\'s StatefulDataLoader'
             )
-        return self._state(self._next if self._next.epoch >= self.epoch else _Place(self.epoch))
+        # A worker that has not read yet has inherited where its parent was before the epochs that workers have read.
+        is_stale = bool(_worker()) and not self._next.of_worker and self._next.epoch < self.epoch
+        return self._state(_Place(self.epoch) if is_stale else self._next)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where a state was taken: with any number of ranks and workers if that was between two steps.
