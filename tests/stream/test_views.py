@@ -214,7 +214,7 @@ def test_a_part_of_a_catalog_names_the_same_records(dataset: Path, piece: tuple[
 def test_the_ray_view_holds_every_record_once(dataset: Path) -> None:
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     try:
         view = ray_dataset(dataset)
         rows = view.take_all()
