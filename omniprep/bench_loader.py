@@ -320,13 +320,7 @@ def _open_stream(place: str, plan: PlanConfig, *, num_batches: int, num_threads:
 
     from omniprep.stream.dataset import StreamingDataset
 
-    class Beginning(StreamingDataset):
-        """An epoch that ends early: threads and workers would else make batches ahead that nobody takes."""
-
-        def _num_bins(self, plan: Plan) -> int:
-            return min(num_batches, super()._num_bins(plan))
-
-    dataset = Beginning(place, plan, rank=0, world_size=1, num_threads=num_threads)
+    dataset = StreamingDataset(place, plan, rank=0, world_size=1, num_threads=num_threads, max_batches=num_batches)
     _ = dataset.plan  # it is made when it is first asked for; to open a dataset is to have it
     return DataLoader(dataset, batch_size=None, num_workers=num_workers)  # type: ignore[no-any-return]
 

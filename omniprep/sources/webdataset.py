@@ -164,7 +164,7 @@ def _samples(handle: BinaryIO, *, start: int, seekable: bool, with_data: bool, n
             if not info.isfile():
                 continue
             name = info.name.encode("utf-8", "backslashreplace").decode()  # bytes that are no UTF-8 come as surrogates
-            new_key, _ = _split_name(name)
+            new_key, _ = split_name(name)
             if new_key != key:
                 if number >= num_skipped:
                     yield _Sample(str(key), offset, members, too_much, checksum)
@@ -210,10 +210,10 @@ def _too_much(info: tarfile.TarInfo, name: str, sample_bytes: int, num_members: 
     return None
 
 
-def _split_name(name: str) -> tuple[str, str]:
+def split_name(name: str) -> tuple[str, str]:
     """Split a member's name as webdataset does: the key ends at the first dot of the file name.
 
-    >>> _split_name("a.b/000.left.jpg")
+    >>> split_name("a.b/000.left.jpg")
     ('a.b/000', 'left.jpg')
     """
     folder, slash, file = name.rpartition("/")
@@ -228,7 +228,7 @@ def _row_value(sample: _Sample) -> dict[str, Any]:
     names = [member.name for member in sample.members]
     if len(set(names)) < len(names):
         raise RejectSample(Reason.SCHEMA_INVALID, f"two members of the same name among {', '.join(names):.200}")
-    by_extension = {_split_name(member.name)[1]: member for member in sample.members}
+    by_extension = {split_name(member.name)[1]: member for member in sample.members}
     row = by_extension.get("json")
     if row is None:
         return _document(sample)
@@ -285,7 +285,7 @@ def _with_members(value: Any, media: dict[str, _Member], *, is_media: bool = Fal
 def _document(sample: _Sample) -> dict[str, Any]:
     parts: list[dict[str, Any]] = []
     for member in sample.members:
-        extension = _split_name(member.name)[1]
+        extension = split_name(member.name)[1]
         kind = _kind(extension)
         if kind is not None:
             parts.append({"type": kind, kind: _blob(member)})

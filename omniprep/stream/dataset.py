@@ -79,9 +79,13 @@ class StreamingDataset(IterableDataset[TorchBatch]):  # type: ignore[misc]
         cache: ShardCache | None = None,
         max_corrupt: int = 10,
         pad_to: int | None = None,
+        max_batches: int | None = None,
         profile: ModelProfile = QWEN2_5_OMNI,
     ) -> None:
-        """`num_threads=0` reads in the caller's own thread; `rank` and `world_size` are found if they are not given."""
+        """`num_threads=0` reads in the caller's own thread; `rank` and `world_size` are found if they are not given.
+
+        `max_batches` ends this rank's epochs early, for a trial: nothing is made ahead that nobody takes.
+        """
         super().__init__()
         if isinstance(datasets, Curriculum):
             if plan is not None:
@@ -94,7 +98,7 @@ class StreamingDataset(IterableDataset[TorchBatch]):  # type: ignore[misc]
             _check_pad_to(pad_to, config)
         self.profile = profile
         self._given_ranks = (rank, world_size)
-        self._num_threads, self._pad_to = num_threads, pad_to
+        self._num_threads, self._pad_to, self._max_batches = num_threads, pad_to, max_batches
         self._cache, self._max_corrupt = cache, max_corrupt
         # Shared with the workers that a DataLoader forks or spawns: they know how far the stream is, this process does not.
         # One number a worker, for the first may have finished an epoch before the last has begun it.
@@ -132,7 +136,7 @@ class StreamingDataset(IterableDataset[TorchBatch]):  # type: ignore[misc]
         return self._plan_of(self.epoch)
 
     def __len__(self) -> int:
-        """Return how many batches this rank has in the whole epoch: the steps, times its share of one."""
+        """Return how many batches this rank has in the whole epoch: the steps, times its share of one, up to `max_batches`."""
         return self._num_bins(self.plan)
 
     def set_epoch(self, epoch: int) -> None:
@@ -223,7 +227,8 @@ class StreamingDataset(IterableDataset[TorchBatch]):  # type: ignore[misc]
         return size // ranks.world_size
 
     def _num_bins(self, plan: Plan) -> int:
-        return plan.num_steps * self._bins_a_step(plan)
+        num_bins = plan.num_steps * self._bins_a_step(plan)
+        return num_bins if self._max_batches is None else min(num_bins, self._max_batches)
 
     # Reading -------------------------------------------------------------------------------------------------------
 

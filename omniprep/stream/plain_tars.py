@@ -16,6 +16,7 @@ import numpy as np
 
 from omniprep.errors import DatasetError
 from omniprep.shards.members import SEQUENCES, MemberFormat, SampleKind, npy_header, read_facts
+from omniprep.sources.webdataset import split_name
 from omniprep.storage.folder import open_folder
 from omniprep.stream.corrupt import Corrupt, CorruptLog
 from omniprep.stream.record import MemberPlaces, Record, view_record
@@ -80,7 +81,7 @@ def _groups(place: str) -> Iterator[tuple[str, _Members, str]]:
                 archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header that it has seen
                 if not info.isfile():
                     continue
-                stem, member = _split_name(info.name)
+                stem, member = split_name(info.name)
                 if stem != key:
                     if members:
                         yield key, members, ""
@@ -97,17 +98,6 @@ def _groups(place: str) -> Iterator[tuple[str, _Members, str]]:
         return
     if members:
         yield key, members, ""
-
-
-def _split_name(name: str) -> tuple[str, str]:
-    """Split a member's name as webdataset does: the key ends at the first dot of the file name.
-
-    >>> _split_name("a.b/chat-00000017.tokens.npy")
-    ('a.b/chat-00000017', 'tokens.npy')
-    """
-    folder, slash, file = name.rpartition("/")
-    stem, _, member = file.partition(".")
-    return folder + slash + stem, member
 
 
 def _record_or_why(members: _Members) -> tuple[Record | None, str]:

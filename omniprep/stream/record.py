@@ -5,7 +5,7 @@ one pread ──> buffer ── view_record ──> Record(tokens, mel, frames, 
               │hdr│frames.mjpg│hdr│json│hdr│mel.npy│hdr│tokens.npy│
 ```
 
-What can be checked without touching the data is: every tar header names this record's member and its size, every `.npy`
+What can be checked without touching the data is: the first tar header names this record's member and its size, every `.npy`
 header is, byte for byte, the one that an array of that size and type has, and items lie inside the mel and the frames.
 """
 

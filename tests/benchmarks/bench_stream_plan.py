@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from corpus import CACHE
 from ratios import Ratio
+from stream_corpus import manifest_of
 
 from omniprep.shards.index import index_bytes
-from omniprep.shards.manifest import MANIFEST_NAME, Manifest, ShardInfo, Totals, manifest_bytes, totals_of
+from omniprep.shards.manifest import MANIFEST_NAME, ShardInfo, manifest_bytes, totals_of
 from omniprep.shards.members import MemberFormat
 from omniprep.stream.catalog import read_catalog
 from omniprep.stream.plan import Blended, Plan, PlanConfig, make_plan
@@ -97,30 +98,7 @@ def dataset() -> Path:
     shards = tuple(
         write_index(folder, number, start, min(ROWS_A_SHARD, NUM_SAMPLES - start), rng) for number, start in enumerate(starts)
     )
-    totals = sum((shard.totals for shard in shards), Totals())
-    manifest = Manifest(
-        omniprep="0",
-        libraries={},
-        profile="qwen2.5-omni",
-        kind=FORM.kind,
-        rope_mode="aligned",
-        frame_format=FORM.frame_format,
-        mel_dtype=FORM.mel_dtype,
-        members=FORM.names,
-        tokenizer_sha256="",
-        recipe={},
-        recipe_sha256="",
-        shards=shards,
-        quarantine=(),
-        totals=totals,
-        by_split={"train": totals},
-        by_source={"mix": totals},
-        by_modality={},
-        num_rows=NUM_SAMPLES,
-        rejects={},
-        rejects_by_source={},
-    )
-    (folder / MANIFEST_NAME).write_bytes(manifest_bytes(manifest))
+    (folder / MANIFEST_NAME).write_bytes(manifest_bytes(manifest_of(shards, FORM)))
     return folder
 
 

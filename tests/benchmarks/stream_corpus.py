@@ -58,12 +58,13 @@ def write_dataset(
     found = [shard for _, writer in sorted(writers.items()) for shard in writer.close()]
     # The first shard of a partition has no number in its name: so sorted, sample i of the catalog is the i-th of its source.
     shards = tuple(sorted(found, key=lambda shard: (shard.source, len(shard.name), shard.name)))
-    manifest = _manifest(shards, form)
+    manifest = manifest_of(shards, form)
     write_manifest(place, manifest)
     return manifest
 
 
-def _manifest(shards: tuple[ShardInfo, ...], form: MemberFormat) -> Manifest:
+def manifest_of(shards: tuple[ShardInfo, ...], form: MemberFormat) -> Manifest:
+    """Return the manifest of a dataset of these shards that no recipe made."""
     totals = add_up(("", shard.totals) for shard in shards).get("", Totals())
     return Manifest(
         omniprep="0",

@@ -187,6 +187,15 @@ def test_spawned_workers_read_the_same(folders, whole: Steps) -> None:
     assert dataset.epoch == 1
 
 
+def test_epochs_may_end_early(folders) -> None:
+    alone = stream(folders)
+    expected = [[batch["keys"] for batch in alone][:10] for _ in range(2)]
+    dataset = stream(folders, max_batches=10)
+    batches = DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context="spawn")
+    assert len(dataset) == 10
+    assert [[batch["keys"] for batch in batches] for _ in range(2)] == expected
+
+
 def test_an_iteration_that_was_broken_off_begins_again(folders) -> None:
     dataset = stream(folders)
     first = [batch["keys"] for batch in islice(dataset, 10)]
