@@ -63,3 +63,9 @@ def tree(folder: Path) -> dict[str, str]:
         # Where the recipe lay and when its inputs were written may differ.
         if path.is_file() and path.name != "place.json" and not path.name.endswith(".inputs.parquet")
     }
+
+
+def last_write(path: Path) -> tuple[int, int]:
+    """Return what differs after a file was written anew: the number of a deleted file's inode is given out again."""
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns

@@ -10,7 +10,7 @@ import pytest
 
 from omniprep.verify import verify
 from tests.faults.builds import finished, line_of_error, on_each_executor, prepare, rerun, watching
-from tests.prepare_builders import tree
+from tests.prepare_builders import last_write, tree
 
 pytestmark = pytest.mark.media
 GATE = "0022.wav"
@@ -167,10 +167,10 @@ def _damage(path: Path) -> None:
 def test_damage_between_runs(undisturbed, survived, tmp_path: Path, name: str, harm, num_redone: int) -> None:
     out = tmp_path / "out"
     shutil.copytree(undisturbed.out, out)
-    before = {path: path.stat().st_ino for path in out.glob("receipts/*-0*.json")}
+    before = {path: last_write(path) for path in out.glob("receipts/*-0*.json")}
     harm(out / name)
     rerun(undisturbed.corpus.recipe, out)
-    redone = [path.name for path in before if path.stat().st_ino != before[path]]
+    redone = [path.name for path in before if last_write(path) != before[path]]
     assert len(redone) == num_redone
     survived(out, num_rows=undisturbed.corpus.num_rows(), expected=undisturbed.files)
 

@@ -9,7 +9,7 @@ import pytest
 from omniprep.shards.manifest import Manifest
 from tests.faults.builds import finished, line_of_error, prepare, rerun
 from tests.faults.corpus import Corpus, row_with, write_recipe
-from tests.prepare_builders import chat, tree
+from tests.prepare_builders import chat, last_write, tree
 
 pytestmark = pytest.mark.media
 GATE = "0012.wav"
@@ -30,16 +30,16 @@ def fresh(corpus: Corpus, folder: Path) -> dict[str, str]:
     return tree(folder / "fresh")
 
 
-def written(out: Path) -> dict[str, int]:
+def written(out: Path) -> dict[str, tuple[int, int]]:
     """Return what changes when a partition is done again, by partition."""
-    return {path.stem: path.stat().st_ino for path in out.glob("receipts/chat-*.json")}
+    return {path.stem: last_write(path) for path in out.glob("receipts/chat-*.json")}
 
 
 def rerun_and_see(corpus: Corpus, out: Path) -> tuple[Manifest, list[str]]:
     """Run the same command again; return the manifest and the partitions that were done again."""
     before = written(out)
     manifest = rerun(corpus.recipe, out)
-    return manifest, sorted(name for name, number in written(out).items() if number != before.get(name))
+    return manifest, sorted(name for name, write in written(out).items() if write != before.get(name))
 
 
 @pytest.mark.fault("rows are appended while the build runs")
