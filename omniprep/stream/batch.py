@@ -44,6 +44,8 @@ class BatchDocument(NamedTuple):
     sequence: str
     """"tokens", or which of a preference's two: "chosen", "rejected"."""
     num_tokens: int
+    modalities: str
+    """What its media are, "audio", "image", "video" or several joined by "+" in that order; "text" without media."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -236,6 +238,11 @@ class _Document(NamedTuple):
     def num_tokens(self) -> int:
         return int(self.tokens.shape[1])
 
+    @property
+    def modalities(self) -> str:
+        kinds = {"audio"} if self.audio else set[str]()
+        return "+".join(sorted(kinds.union(item.kind for item in self.vision))) or "text"
+
 
 def _documents(records: Sequence[Record], profile: ModelProfile) -> list[_Document]:
     """Return the documents of all records in order. Raises `DamagedRecord`."""
@@ -318,7 +325,9 @@ def _batch(
     mel, mel_lengths = _mel(documents)
     return Batch(
         documents=tuple(
-            BatchDocument(document.record.key, document.record.source, document.sequence, document.num_tokens)
+            BatchDocument(
+                document.record.key, document.record.source, document.sequence, document.num_tokens, document.modalities
+            )
             for document in documents
         ),
         input_ids=tokens.input_ids,

@@ -328,6 +328,7 @@ def to_torch(batch: Batch) -> TorchBatch:
         "shift_labels": _tensor(batch.shift_labels),
         "cu_seqlens": _tensor(batch.cu_seqlens),
         "keys": list(batch.keys),
+        "documents": list(batch.documents),
         "num_supervised": batch.num_supervised,
     }
 
