@@ -1,7 +1,7 @@
 """Write the demo's own records from the fetched samples: `python scripts/make_demo_data.py build/samples build/demo/data`.
 
 LLaMA-Factory's files need nothing of this: the recipe reads them as they are. What is written here is what no file says
-yet: cuts of a film with captions (written by a person who looked at them) and a fact measured from their sound, lines of
+yet: cuts of a film with captions (written by a person who looked at them) and facts measured from their sound, lines of
 a reading with their times, photos with captions, and human dialogues. Media stay where they are; records name them by
 paths relative to the samples folder.
 """
@@ -17,6 +17,7 @@ from typing import Any
 Record = dict[str, Any]
 
 FILM = "moviepy/bbb.mp4"
+FILM_META = {"film": "Big Buck Bunny, CC-BY-3.0, Blender Foundation"}
 CLIP_S = 6.0
 CLIPS: dict[float, str] = {
     20.0: "A grey bird sings on a branch, words are shown, and the title Big Buck Bunny appears over a mossy burrow.",
@@ -34,6 +35,9 @@ CLIPS: dict[float, str] = {
 }
 SILENT_CLIPS = (50.0, 190.0, 350.0)
 """Clips that are also taken without their sound, as plain video."""
+EVERY_S = 8.0
+"""Between the captioned clips, one clip starts every so often: what is asked of those can be measured from their sound."""
+ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
 
 PHOTOS: dict[str, tuple[str, str]] = {
     "astronaut.png": (
@@ -62,30 +66,57 @@ def message(role: str, *parts: str | Mapping[str, Any]) -> Record:
 
 
 def film_records(samples: Path) -> Iterator[Record]:
-    """Yield the clips of the film with sound, in two turns, and some without."""
+    """Yield clips of the film with sound: those with a caption, some of them without sound as well, and those between."""
     loudness = rms_per_second(samples / FILM)
     for start, caption in CLIPS.items():
-        cut = {"type": "video", "video": FILM, "video_start": start, "video_end": start + CLIP_S}
-        halves = [_level(loudness[int(a) : int(a) + int(CLIP_S / 2)]) for a in (start, start + CLIP_S / 2)]
-        louder = "first" if halves[0] > halves[1] else "second"
         yield {
             "id": f"film-{start:03.0f}",
             "messages": [
-                message("user", {**cut, "audio_in_video": "on"}, "What happens in this clip?"),
+                message("user", {**_cut(start), "audio_in_video": "on"}, "What happens in this clip?"),
                 message("assistant", caption),
-                message("user", "Is its sound louder in the first or in the second half?"),
-                message("assistant", f"In the {louder} half, by {abs(20 * math.log10(halves[1] / halves[0])):.1f} dB."),
+                *_louder_half(loudness, start),
             ],
-            "meta": {"film": "Big Buck Bunny, CC-BY-3.0, Blender Foundation"},
+            "meta": FILM_META,
         }
         if start in SILENT_CLIPS:
             yield {
                 "id": f"film-{start:03.0f}-silent",
                 "messages": [
-                    message("user", {**cut, "audio_in_video": "off"}, "Describe what can be seen."),
+                    message("user", {**_cut(start), "audio_in_video": "off"}, "Describe what can be seen."),
                     message("assistant", caption),
                 ],
             }
+    for start in starts_between(list(CLIPS), stop_s=len(loudness)):
+        seconds = loudness[int(start) : int(start + CLIP_S)]
+        yield {
+            "id": f"film-{start:03.0f}",
+            "messages": [
+                message("user", {**_cut(start), "audio_in_video": "on"}, "Which of its seconds is the loudest?"),
+                message("assistant", f"The {ORDINALS[seconds.index(max(seconds))]}."),
+                *_louder_half(loudness, start),
+            ],
+            "meta": FILM_META,
+        }
+
+
+def starts_between(captioned: list[float], *, stop_s: float) -> list[float]:
+    """Return where further clips begin: every `EVERY_S` seconds, where they lie before `stop_s` and in no captioned one."""
+    starts = [EVERY_S * number for number in range(1, int((stop_s - CLIP_S) / EVERY_S) + 1)]
+    return [start for start in starts if all(abs(start - other) >= CLIP_S for other in captioned)]
+
+
+def _cut(start: float) -> Record:
+    return {"type": "video", "video": FILM, "video_start": start, "video_end": start + CLIP_S}
+
+
+def _louder_half(loudness: list[float], start: float) -> list[Record]:
+    """Return a question about a clip's sound, and the answer, measured."""
+    first, second = (_level(loudness[int(a) : int(a) + int(CLIP_S / 2)]) for a in (start, start + CLIP_S / 2))
+    louder = "first" if first > second else "second"
+    return [
+        message("user", "Is its sound louder in the first or in the second half?"),
+        message("assistant", f"In the {louder} half, by {abs(20 * math.log10(second / first)):.1f} dB."),
+    ]
 
 
 def _level(values: list[float]) -> float:

@@ -40,7 +40,7 @@ def test_recipes_are_valid_and_name_only_fetched_or_made_files(name: str) -> Non
 @pytest.mark.media
 def test_made_records_are_native_and_name_media_that_exist(samples: Path, tmp_path: Path) -> None:
     counts = load_script("make_demo_data").make_demo_data(samples, tmp_path)
-    assert counts == {"film": 15, "speech": 15, "photos": 9, "dialogues": 200}
+    assert counts == {"film": 73, "speech": 15, "photos": 9, "dialogues": 200}
     ids = set()
     for name in counts:
         for row in rows(tmp_path / f"{name}.jsonl"):
