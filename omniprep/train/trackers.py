@@ -1,0 +1,70 @@
+"""TensorBoard, trackio and Weights & Biases, behind one small interface. Each is an option and a package of its own."""
+
+import math
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from omniprep.errors import ConfigError
+
+TrackerName = Literal["tensorboard", "trackio", "wandb"]
+
+
+class Tracker(Protocol):
+    """Keeps numbers of a run."""
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Keep the numbers of a step."""
+
+    def close(self) -> None:
+        """Write what is left."""
+
+
+def open_tracker(name: TrackerName, folder: Path, *, project: str, run: str, facts: Mapping[str, Any]) -> Tracker:
+    """Return a tracker whose files, where it has any, lie in `folder`.
+
+    Raises `ConfigError` with the command that installs it if it is not.
+    """
+    if name == "tensorboard":
+        return _TensorBoard(folder / "tensorboard")
+    return _Hosted(_installed(name, name), folder, project=project, run=run, facts=facts)
+
+
+def _installed(module: str, package: str) -> Any:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        detail = f"watch.trackers: {package} is not installed ({error}); install it with `pip install {package}` or leave it out"
+        raise ConfigError(detail) from None
+
+
+class _TensorBoard:
+    """Event files."""
+
+    def __init__(self, folder: Path) -> None:
+        _installed("tensorboard", "tensorboard")
+        self._writer = import_module("torch.utils.tensorboard").SummaryWriter(str(folder))
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Hosted:
+    """trackio and wandb, whose interfaces are the same as far as this goes."""
+
+    def __init__(self, library: Any, folder: Path, *, project: str, run: str, facts: Mapping[str, Any]) -> None:
+        self._library = library
+        where = {"dir": str(folder)} if library.__name__ == "wandb" else {}  # trackio has one place for all runs
+        library.init(project=project, name=run, config=dict(facts), **where)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._library.log({name: value for name, value in values.items() if math.isfinite(value)}, step=step)
+
+    def close(self) -> None:
+        self._library.finish()
