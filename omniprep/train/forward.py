@@ -20,7 +20,7 @@ _NOT_THE_MODELS = {"labels", "use_cache"}
 """Inputs of a batch that are not passed on: the loss is made here, and a cache would let packed documents see each other."""
 
 
-class TrainableThinker(nn.Module):
+class TrainableThinker(nn.Module):  # type: ignore[misc]  # torch is untyped here
     """A Thinker whose call returns the losses of the supervised tokens. Give it to FSDP as the root."""
 
     def __init__(self, thinker: Any, *, loss_chunk_tokens: int = 1024) -> None:

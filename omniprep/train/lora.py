@@ -46,9 +46,10 @@ def add_lora(thinker: Any, settings: LoraSettings) -> Any:
     unknown = sorted(set(settings.targets).difference(known))
     if unknown:
         raise ConfigError(f"lora.targets: no {', '.join(unknown)} in a layer of the language model; it has {', '.join(known)}")
+    alpha: Any = settings.alpha  # annotated as int by peft, which only divides it
     config = LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha,
+        lora_alpha=alpha,
         lora_dropout=settings.dropout,
         target_modules=f"{_LAYERS}({'|'.join(map(re.escape, settings.targets))})",
     )

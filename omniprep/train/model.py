@@ -11,7 +11,6 @@ Parts are found through the modules, never by names in files: transformers has o
 """
 
 from collections.abc import Collection, Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -181,4 +180,4 @@ def _children(module: nn.Module, *, without: Collection[str]) -> Iterator[nn.Mod
 
 def _frozen_always(thinker: Any) -> nn.Module:
     """Return what no input goes through: trained, it has no optimizer state that a checkpoint could be read back into."""
-    return thinker.model.audio_tower.audio_bos_eos_token  # type: ignore[no-any-return]
+    return thinker.model.audio_tower.audio_bos_eos_token
