@@ -1,0 +1,226 @@
+"""One process or many: the process group, how a model is spread over it, and sums over its ranks.
+
+The same code runs on one CPU, on N processes of one machine (gloo), on one GPU and on N nodes (`torchrun`). A process that
+runs alone is a group of one, so nothing else in this folder asks how many there are.
+
+The layout is FSDP2's: every decoder layer of the language model is a unit of its own; the towers, the embeddings and the
+head are in the root's. That the towers are in the root is not a matter of size: a unit gathers its parameters when it is
+called, and a rank whose batch has no video does not call the vision tower. Ranks would then wait in different collectives,
+for ever. The root gathers once, whatever the batch holds.
+
+Gradients are summed over ranks, never averaged: the loss is already divided by the supervised tokens of all of them.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from omniprep.config import Config
+from omniprep.errors import ConfigError
+
+_ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun and Ray Train set for each process."""
+_BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+"""Beside NCCL, gloo: counts and checkpoints' plans are exchanged without waiting for the GPU."""
+
+
+class ParallelSettings(Config):
+    """How the model is spread over devices and what is traded for memory."""
+
+    bf16: bool | None = None
+    """Compute in bfloat16 over float32 weights and sums; None: on CUDA."""
+    activation_checkpointing: bool = False
+    """Keep only the input of every layer, of the towers too, and compute the rest again in the backward pass."""
+    compile: bool = False
+    """Compile every decoder layer; the first steps take minutes."""
+    attention: Literal["auto", "sdpa", "varlen"] = "auto"
+    """`varlen` is told where documents end and never builds an L x L mask; auto: `varlen` on CUDA, else `sdpa`."""
+    loss_chunk_tokens: int = Field(default=1024, ge=1)
+    """Rows of logits that are alive at a time."""
+    reshard_after_forward: bool = True
+    """Let go of a layer's gathered weights between its forward and its backward pass; False: faster, and more memory."""
+
+    def computes_in_bf16(self, device: torch.device) -> bool:
+        """Return whether matrices are multiplied in bfloat16 on this device."""
+        return device.type == "cuda" if self.bf16 is None else self.bf16
+
+    def attention_on(self, device: torch.device) -> Literal["sdpa", "varlen"]:
+        """Return which attention runs on this device."""
+        if self.attention == "auto":
+            return "varlen" if device.type == "cuda" else "sdpa"
+        return self.attention
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process among all that train together."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    """Its number on its machine, which is its GPU's."""
+    device: torch.device
+
+    @property
+    def is_distributed(self) -> bool:
+        """Return whether there are others."""
+        return self.world_size > 1
+
+    @property
+    def is_main(self) -> bool:
+        """Return whether this is the one that prints and decides."""
+        return self.rank == 0
+
+
+@contextmanager
+def world(*, timeout_s: float = 1800.0, device: Literal["auto", "cpu", "cuda"] = "auto") -> Iterator[World]:
+    """Join the process group that the environment describes, or be one alone; leave it at the end.
+
+    A group that exists already (Ray Train makes one) is used and left as it is. `timeout_s` is how long a rank waits for
+    the others in one exchange before it gives up. Raises `ConfigError` if the environment describes half a group.
+    """
+    if dist.is_initialized():
+        if "cpu" not in dist.get_backend_config():
+            raise ConfigError(
+                f"the process group has the backend {dist.get_backend_config()}, which exchanges nothing between CPUs; "
+                f'make it with backend="{_BACKENDS["cuda"]}"'
+            )
+        environment = {"LOCAL_RANK": "0", **os.environ, "RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}
+        yield _place({**dict.fromkeys(_ENVIRONMENT, ""), **environment}, device)
+        return
+    here = _place(os.environ, device)
+    if here.device.type == "cuda":
+        torch.cuda.set_device(here.device)
+    options: dict[str, Any] = {"backend": _BACKENDS[here.device.type], "timeout": timedelta(seconds=timeout_s)}
+    if "RANK" not in os.environ:
+        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(**options)
+    try:
+        yield here
+    finally:
+        dist.destroy_process_group()
+
+
+def _place(environment: Mapping[str, str], device: Literal["auto", "cpu", "cuda"]) -> World:
+    """Return this process's place as torchrun's variables tell it. Raises `ConfigError`."""
+    numbers = _numbers(environment)
+    kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cpu":
+        return World(device=torch.device("cpu"), **numbers)
+    num_devices = torch.cuda.device_count()
+    if numbers["local_rank"] >= num_devices:
+        raise ConfigError(
+            f"LOCAL_RANK={numbers['local_rank']}, but this machine shows {num_devices} GPU(s); "
+            f"start at most {num_devices} processes on it (torchrun --nproc-per-node)"
+        )
+    return World(device=torch.device("cuda", numbers["local_rank"]), **numbers)
+
+
+def _numbers(environment: Mapping[str, str]) -> dict[str, int]:
+    missing = [name for name in _ENVIRONMENT if name not in environment]
+    if len(missing) == len(_ENVIRONMENT) or ("RANK" in missing and "WORLD_SIZE" in missing):
+        return {"rank": 0, "world_size": 1, "local_rank": 0}
+    if missing:
+        raise ConfigError(
+            f"the environment describes half a process group: {', '.join(missing)} not set; "
+            "start with torchrun, or unset RANK and WORLD_SIZE to train in one process"
+        )
+    numbers = {}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        if not environment[name].isdecimal():
+            raise ConfigError(f"{name}={environment[name]!r:.40}: expected a whole number; start with torchrun")
+        numbers[name.lower()] = int(environment[name])
+    if numbers["rank"] >= numbers["world_size"]:
+        raise ConfigError(f"RANK={numbers['rank']} is not below WORLD_SIZE={numbers['world_size']}; start with torchrun")
+    return numbers
+
+
+def shard(model: nn.Module, settings: ParallelSettings, world: World) -> nn.Module:
+    """Put a model, a `TrainableThinker` or a frozen reference, on this world's devices; returns the same object.
+
+    What trains becomes float32; what is frozen keeps its type. One CPU process that computes in float32 is left unwrapped;
+    on a GPU even one process is wrapped, for FSDP is what keeps float32 weights beside the bfloat16 that computes. All
+    calls must go through `model(...)` itself. Optimizers are made after this. Raises `ConfigError` as `world` does not.
+    """
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.dtype != torch.float32:
+                parameter.data = parameter.data.float()
+    if settings.activation_checkpointing:
+        _checkpoint_activations(model)
+    layers = decoder_layers(model)
+    if settings.compile:
+        for layer in layers:
+            layer.compile(dynamic=True)
+    bf16 = settings.computes_in_bf16(world.device)
+    if not world.is_distributed and world.device.type == "cpu" and not bf16:
+        return model.to(world.device)
+    mesh = init_device_mesh(world.device.type, (world.world_size,))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=settings.reshard_after_forward)
+    # The root's weights are needed again as soon as the backward pass begins.
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            unit.set_gradient_divide_factor(1.0)
+            # Else the factor is multiplied inside the collective, which gloo cannot do; times 1 there is nothing to do.
+            unit.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the language model's layers in order, wherever adapters and wrappers have put them."""
+    from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniDecoderLayer
+
+    return [module for module in model.modules() if isinstance(module, Qwen2_5OmniDecoderLayer)]
+
+
+def _checkpoint_activations(model: nn.Module) -> None:
+    """Turn on what transformers' layers, decoder and towers, have for it; the modules keep their names."""
+    from transformers import PreTrainedModel
+
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and module.supports_gradient_checkpointing:
+            module.activation_checkpointing_enable({"use_reentrant": False})
+            # That is for the reentrant kind; here it would only make gradients for frozen embeddings.
+            module.disable_input_require_grads()
+            return
+
+
+def all_sum(values: Sequence[float] | Tensor, world: World) -> Any:
+    """Return the sums over all ranks in float64: a list for a list, a tensor for a tensor. All ranks give as many values.
+
+    Plain numbers do not touch the GPU: nothing waits for it.
+    """
+    if isinstance(values, Tensor):
+        total = values.detach().to(torch.float64, copy=True)
+        if world.is_distributed:
+            dist.all_reduce(total)
+        return total
+    return all_sum(torch.tensor(values, dtype=torch.float64), world).tolist()
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None, world: World) -> float:
+    """Scale gradients down to a global norm of `max_norm`, or leave them with None; return the norm that they had.
+
+    The norm is over all ranks' shards. It is not finite where a gradient is not; nothing is scaled then that could be saved.
+    """
+    with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
+    if not with_gradient:
+        return 0.0
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in with_gradient])
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    if max_norm is not None:
+        nn.utils.clip_grads_with_norm_(with_gradient, max_norm, norm)
+    return float(norm)
