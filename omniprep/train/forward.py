@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from omniprep.errors import ConfigError
 from omniprep.profile import IGNORE_INDEX
+from omniprep.train.attention import document_borders, uses_varlen
 from omniprep.train.loss import token_losses
 
 _NOT_THE_MODELS = {"labels", "use_cache"}
@@ -37,6 +38,8 @@ class TrainableThinker(nn.Module):  # type: ignore[misc]  # torch is untyped her
         """
         check_inputs(inputs)
         given = {name: value for name, value in inputs.items() if name not in _NOT_THE_MODELS}
+        if uses_varlen(self.thinker) and "cu_seq_lens_q" not in given:
+            given |= document_borders(inputs["position_ids"])
         hidden = self.thinker.model(**given, use_cache=False).last_hidden_state
         supervised = shift_labels != IGNORE_INDEX
         losses = token_losses(
