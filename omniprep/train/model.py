@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterator
 from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from omniprep.config import Config
@@ -52,6 +53,9 @@ class ModelSettings(Config):
     """Take only the checkpoint's configuration; weights are random, by the run's seed."""
     lora: LoraSettings | None = None
     """Train adapters of the language model in its place."""
+    learning_rate_scale: float = Field(default=1.0, gt=0)
+    """Multiplies the learning rates of the recipe: a small random model takes larger ones than a released checkpoint, and a
+    recipe is to fit both."""
 
 
 def load_thinker(settings: ModelSettings, *, profile: ModelProfile = QWEN2_5_OMNI, seed: int = 0) -> Any:
