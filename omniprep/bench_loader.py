@@ -339,7 +339,7 @@ def _open_records(place: str, config: PlanConfig, *, num_batches: int, num_threa
 
 
 def _records(catalog: Catalog, bins: Sequence[Sequence[tuple[int, int]]], num_threads: int) -> Iterator[Record]:
-    from omniprep.stream.dataset import ahead
+    from omniprep.stream.ahead import ahead
 
     with closing(RecordReader([catalog])) as reader:
         for records in ahead(reader.read_bin, bins, num_threads=num_threads):
@@ -353,7 +353,7 @@ def _look_at_our_record(record: Record) -> tuple[Sequence[str], int]:
 
 def _planned_shards(catalog: Catalog, config: PlanConfig, num_batches: int) -> list[int]:
     """Return the shards that the first batches are read from."""
-    from omniprep.stream.dataset import shards_of
+    from omniprep.stream.ahead import shards_of
 
     plan = make_plan([Blended(catalog=catalog)], config)
     return [shard for _, shard in shards_of(plan, _first_bins(plan, num_batches))]

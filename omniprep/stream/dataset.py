@@ -12,14 +12,11 @@ Importing this module imports torch.
 """
 
 import sys
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from copy import copy
 from functools import lru_cache, partial
-from itertools import islice
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,33 +24,19 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from omniprep.errors import ConfigError
 from omniprep.profile import QWEN2_5_OMNI, ModelProfile
+from omniprep.stream.ahead import ahead, shards_of
 from omniprep.stream.batch import Batch, pack, pad
 from omniprep.stream.catalog import read_catalog
 from omniprep.stream.corrupt import Corrupt
 from omniprep.stream.curriculum import Curriculum
 from omniprep.stream.decode import DamagedRecord, PictureDecoder
-from omniprep.stream.order import ranges
 from omniprep.stream.plan import Blended, Plan, PlanConfig, make_plan
+from omniprep.stream.position import NUM_CELLS, Place, Position, Worker
 from omniprep.stream.ranks import Ranks, find_ranks, ranks_of_group, refuse_second_split
 from omniprep.stream.reader import RecordReader
 from omniprep.stream.shard_cache import ShardCache
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 TorchBatch = dict[str, Any]
-
-_MAX_WORKERS = 1024
-"""Of one DataLoader."""
-
-
-class _Place(NamedTuple):
-    """Where a stream stands: what comes next."""
-
-    epoch: int = 0
-    bin: int = 0
-    """Of this rank's bins of the epoch, which come step after step."""
-    of_worker: bool = False
-    """Whether it is the place of one worker, whose next bin this is; another's is another."""
 
 
 class StreamingDataset(IterableDataset[TorchBatch]):  # type: ignore[misc]
@@ -100,14 +83,7 @@ class StreamingDataset(IterableDataset[TorchBatch]):  # type: ignore[misc]
         self._given_ranks = (rank, world_size)
         self._num_threads, self._pad_to, self._max_batches = num_threads, pad_to, max_batches
         self._cache, self._max_corrupt = cache, max_corrupt
-        # Shared with the workers that a DataLoader forks or spawns: they know how far the stream is, this process does not.
-        # One number a worker, for the first may have finished an epoch before the last has begun it.
-        self._finished_epochs = torch.zeros(_MAX_WORKERS, dtype=torch.int64).share_memory_()
-        self._read_by_workers = torch.zeros(1, dtype=torch.bool).share_memory_()
-        # Epoch, bin, and how often this process has set them: workers that live on take what is newer than what they have.
-        self._told = torch.zeros(3, dtype=torch.int64).share_memory_()
-        self._num_told = 0
-        self._start = self._next = _Place()
+        self._position = Position(torch.zeros(NUM_CELLS, dtype=torch.int64).share_memory_())
         self._plan: Plan | None = None
         self.corrupt: list[Corrupt] = []
         """Records that this process has left out of the last epoch that it read."""
@@ -128,7 +104,7 @@ class StreamingDataset(IterableDataset[TorchBatch]):  # type: ignore[misc]
     @property
     def epoch(self) -> int:
         """Return the epoch that the next iteration reads."""
-        return max(self._start.epoch, int(self._finished_epochs.min()))
+        return self._position.epoch
 
     @property
     def plan(self) -> Plan:
@@ -142,10 +118,11 @@ class StreamingDataset(IterableDataset[TorchBatch]):  # type: ignore[misc]
     def set_epoch(self, epoch: int) -> None:
         """Begin at the start of an epoch, unless that is the one that comes next: then a loaded position is kept.
 
-        Call it after an iteration with worker processes that was broken off: they may be further than the trainer was.
+        After an iteration with worker processes was broken off, call it, or `load_state_dict`: they read ahead, and may be
+        through with an epoch when the trainer is not. What they have read since the position was set is then forgotten.
         """
-        if epoch != self.epoch or int(self._finished_epochs.max()) > epoch:
-            self._go_to(_Place(epoch))
+        if epoch != self.epoch or self._position.is_read_by_workers:
+            self._go_to(Place(epoch))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position after the last batch that this process has yielded.
@@ -153,14 +130,12 @@ class StreamingDataset(IterableDataset[TorchBatch]):  # type: ignore[misc]
         Raises `ConfigError` where worker processes read: how far the trainer is, is not known here. Save `batch["state"]` of
         the last batch that was trained on, or use torchdata's `StatefulDataLoader`, which asks the workers.
         """
-        if not _worker() and bool(self._read_by_workers):
+        if not _worker() and self._position.is_read_by_workers:
             raise ConfigError(
                 "worker processes of a DataLoader read this stream, and how far the trainer is, is not known here: save "
                 'batch["state"] of the last batch trained on, or use torchdata\'s StatefulDataLoader'
             )
-        # A worker that has not read yet has inherited where its parent was before the epochs that workers have read.
-        is_stale = bool(_worker()) and not self._next.of_worker and self._next.epoch < self.epoch
-        return self._state(_Place(self.epoch) if is_stale else self._next)
+        return self._state(self._position.next(_worker()))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where a state was taken: with any number of ranks and workers if that was between two steps.
@@ -172,7 +147,7 @@ class StreamingDataset(IterableDataset[TorchBatch]):  # type: ignore[misc]
             epoch, done, world_size = (int(state[name]) for name in ("epoch", "bin", "world_size"))
             worker = tuple(state["worker"])
         except (KeyError, TypeError, ValueError):
-            wanted = ", ".join(self._state(self._next))
+            wanted = ", ".join(self._state(Place(self.epoch)))
             raise ConfigError(f"expected the state of a stream ({wanted}), got {state!r:.200}") from None
         plan = self._plan_of(epoch)
         step = plan.check_state(state)
@@ -188,24 +163,13 @@ class StreamingDataset(IterableDataset[TorchBatch]):  # type: ignore[misc]
                 f"the state is that of worker {worker[0]} of {worker[1]}; it belongs into the same StatefulDataLoader, "
                 'with as many workers; batch["state"] goes with any number of them'
             )
-        self._go_to(_Place(epoch, step * self._bins_a_step(plan) + done, of_worker=bool(worker)))
+        self._go_to(Place(epoch, step * self._bins_a_step(plan) + done, of_worker=bool(worker)))
 
-    def _go_to(self, place: _Place) -> None:
+    def _go_to(self, place: Place) -> None:
         is_over = place.bin > 0 and place.bin >= self._num_bins(self._plan_of(place.epoch))
-        if worker := _worker():
-            # Its share is read, those of the others may not be: it waits for them at the end of the epoch.
-            self._start = self._next = place
-            self._finished_epochs[worker[0]] = place.epoch
-            if is_over:
-                self._finish(place.epoch)
-            return
-        self._start = self._next = _Place(place.epoch + 1) if is_over else place
-        self._finished_epochs.fill_(self._start.epoch)
-        self._read_by_workers.fill_(False)
-        self._num_told += 1
-        self._told.copy_(torch.tensor([self._start.epoch, self._start.bin, self._num_told]))
+        self._position.go_to(place, is_over=is_over, worker=_worker())
 
-    def _state(self, place: _Place) -> dict[str, Any]:
+    def _state(self, place: Place) -> dict[str, Any]:
         plan = self._plan_of(place.epoch)
         step, done = divmod(place.bin, self._bins_a_step(plan))
         return {
@@ -237,55 +201,37 @@ class StreamingDataset(IterableDataset[TorchBatch]):  # type: ignore[misc]
 
         An iteration that is broken off before that is begun again by the next one, where it began.
         """
+        self._position.rewind()  # at once: a StatefulDataLoader asks for the state before it asks for a batch
+        return self._iterate()
+
+    def _iterate(self) -> Iterator[TorchBatch]:
         refuse_second_split(sys._getframe(1))
-        worker = _worker()
-        told_epoch, told_bin, num_told = self._told.tolist()
-        if worker and num_told > self._num_told:
-            self._start, self._num_told = _Place(told_epoch, told_bin), num_told
-        plan = self.plan
-        start = self._start if self._start.epoch == plan.epoch else _Place(plan.epoch)
-        first, stride = start.bin, 1
-        self._read_by_workers.fill_(bool(worker))
-        if worker:
-            stride = worker[1]
-            self._finished_epochs[worker[0]] = plan.epoch
-            first += 0 if start.of_worker else worker[0]
+        worker, position = _worker(), self._position
+        start = position.begin(worker)
+        plan = self._plan_of(start.epoch)
+        number, stride = worker or (0, 1)
         num_bins = self._num_bins(plan)
-        numbers = range(first, num_bins, stride)
+        numbers = range(start.bin + (0 if start.of_worker else number), num_bins, stride)
         with closing(self._batches(plan, numbers)) as batches:
             for number, batch in batches:
                 # Of a worker, its own next bin, for StatefulDataLoader asks each; with the batch goes the rank's.
-                self._next = _Place(plan.epoch, min(number + stride, num_bins), of_worker=bool(worker))
+                position.reach(Place(plan.epoch, min(number + stride, num_bins), of_worker=bool(worker)))
                 if number == numbers[-1]:  # who knows the length does not ask for what would come after the last
-                    self._finish(plan.epoch)
-                yield {**batch, "state": self._state(_Place(plan.epoch, number + 1))}
-        self._finish(plan.epoch)
-
-    def _finish(self, epoch: int) -> None:
-        worker = _worker()
-        if not worker:
-            self._start = _Place(epoch + 1)
-        number, num_workers = worker or (0, 1)
-        self._finished_epochs[number] = epoch + 1
-        if int(self._finished_epochs[:num_workers].min()) > epoch:
-            self._finished_epochs.fill_(epoch + 1)  # by the last of them; the next loader may have more workers
+                    position.finish(plan.epoch, worker)
+                yield {**batch, "state": self._state(Place(plan.epoch, number + 1))}
+        if not numbers:
+            position.finish(plan.epoch, worker)
 
     def _batches(self, plan: Plan, numbers: range) -> Generator[tuple[int, TorchBatch], None, None]:
         """Yield some of this rank's batches in order, with their numbers; threads make them ahead."""
-        ranks, per_step = self.ranks, self._bins_a_step(plan)
-        bins_of = lru_cache(maxsize=64)(partial(plan.bins_of, rank=ranks.rank, world_size=ranks.world_size))
-
-        def bin_of(number: int) -> int:
-            step, place = divmod(number, per_step)
-            return bins_of(step)[place]
-
         # Of a cache that a worker has inherited by a fork, threads are missing and locks may be held by them.
         cache = copy(self._cache) if _worker() else self._cache
         reader = RecordReader([dataset.catalog for dataset in plan.datasets], cache=cache, max_corrupt=self._max_corrupt)
         decoder = PictureDecoder(profile=self.profile)  # in the thread that makes the batch: there are enough of those
         try:
             if cache is not None:
-                reader.prefetch(shards_of(plan, [bin_of(number) for number in numbers]))
+                reader.prefetch(shards_of(plan, map(self._bins(plan), numbers)))
+            bin_of = self._bins(plan)
             yield from ahead(
                 lambda number: (number, self._make(reader, decoder, plan, bin_of(number))),
                 numbers,
@@ -293,8 +239,21 @@ class StreamingDataset(IterableDataset[TorchBatch]):  # type: ignore[misc]
             )
         finally:
             self.corrupt = list(reader.corrupt)
+            if cache is not None:
+                cache.close()
             reader.close()
             decoder.close()
+
+    def _bins(self, plan: Plan) -> Callable[[int], int]:
+        """Return a function that tells the bin of one of this rank's batches; it is quick for neighbours."""
+        ranks, per_step = self.ranks, self._bins_a_step(plan)
+        bins_of = lru_cache(maxsize=64)(partial(plan.bins_of, rank=ranks.rank, world_size=ranks.world_size))
+
+        def bin_of(number: int) -> int:
+            step, place = divmod(number, per_step)
+            return bins_of(step)[place]
+
+        return bin_of
 
     def _make(self, reader: RecordReader, decoder: PictureDecoder, plan: Plan, number: int) -> TorchBatch:
         """Return a bin's batch, without records that cannot be read or do not agree with themselves."""
@@ -307,18 +266,6 @@ class StreamingDataset(IterableDataset[TorchBatch]):  # type: ignore[misc]
                 except DamagedRecord as error:
                     reader.leave_out(*samples[error.number], error.detail)
                     records, samples = ([*items[: error.number], *items[error.number + 1 :]] for items in (records, samples))
-
-
-def shards_of(plan: Plan, bins: Sequence[int]) -> list[tuple[int, int]]:
-    """Return the (dataset, shard) that some bins are read from, in the order of their first use."""
-    chosen = ranges(plan.bin_starts, np.array([number for number in bins if number >= 0], np.int64))
-    dataset_of, sample_of = plan.dataset_of[chosen], plan.sample_of[chosen]
-    shard_of = np.zeros(len(chosen), np.int64)
-    for number, dataset in enumerate(plan.datasets):
-        of_it = dataset_of == number
-        shard_of[of_it] = np.searchsorted(dataset.catalog.starts, sample_of[of_it], side="right") - 1
-    pairs, first = np.unique(np.stack([dataset_of, shard_of]), axis=1, return_index=True)
-    return [(int(dataset), int(shard)) for dataset, shard in pairs[:, np.argsort(first)].T]
 
 
 def to_torch(batch: Batch) -> TorchBatch:
@@ -337,24 +284,7 @@ def _tensor(value: Any) -> Any:
     return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
 
 
-def ahead(function: Callable[[Item], Result], items: Iterable[Item], *, num_threads: int) -> Iterator[Result]:
-    """Yield the function's results in the order of the items; threads work on the next few meanwhile."""
-    if not num_threads:
-        yield from map(function, items)
-        return
-    waiting = iter(items)
-    with ThreadPoolExecutor(num_threads, thread_name_prefix="omniprep-stream") as pool:
-        running: deque[Future[Result]] = deque(pool.submit(function, item) for item in islice(waiting, 2 * num_threads))
-        try:
-            while running:
-                result = running.popleft().result()
-                running.extend(pool.submit(function, item) for item in islice(waiting, 1))
-                yield result
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _worker() -> tuple[int, int] | tuple[()]:
+def _worker() -> Worker:
     """Return (number, number of workers) in a worker process of a DataLoader, else nothing."""
     worker = get_worker_info()
     return () if worker is None else (worker.id, worker.num_workers)

@@ -5,7 +5,6 @@ import pickle
 import shutil
 import subprocess
 import sys
-from copy import copy
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
@@ -16,10 +15,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from omniprep.errors import ConfigError, DatasetError
+from omniprep.stream.ahead import shards_of
 from omniprep.stream.batch import pack
 from omniprep.stream.catalog import read_catalog
 from omniprep.stream.curriculum import Curriculum, Stage
-from omniprep.stream.dataset import StreamingDataset, shards_of
+from omniprep.stream.dataset import StreamingDataset
 from omniprep.stream.plan import Blended, Plan, PlanConfig
 from omniprep.stream.reader import RecordReader
 from omniprep.stream.shard_cache import ShardCache
@@ -165,19 +165,6 @@ def test_workers_go_on_to_the_next_epoch_too(folders, persistent: bool) -> None:
     assert [[tuple(batch["keys"]) for batch in batches] for _ in range(3)] == expected
 
 
-def test_a_worker_that_starts_late_reads_the_same_epoch(folders, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The others may have read theirs to the end by then. Copies stand in for forks: they share what forks share."""
-    dataset, alone = stream(folders), stream(folders)
-    for epoch in range(2):
-        found = []
-        for number in range(3):
-            monkeypatch.setattr("omniprep.stream.dataset._worker", lambda number=number: (number, 3))
-            assert dataset.epoch == epoch
-            found += [tuple(batch["keys"]) for batch in copy(dataset)]
-        monkeypatch.undo()
-        assert sorted(found) == sorted(tuple(batch["keys"]) for batch in alone)
-
-
 def test_spawned_workers_read_the_same(folders, whole: Steps) -> None:
     """They get the dataset as a pickle, in a process that knows nothing of this one."""
     dataset = stream(folders)
@@ -273,6 +260,57 @@ def test_torchdatas_stateful_loader_resumes_in_a_later_epoch(folders, num_worker
     while len(found) + len(rest) < len(whole):
         rest += [tuple(batch["keys"]) for batch in second]
     assert found + rest == whole
+
+
+@pytest.mark.parametrize("stop", [3, 240, 242, 479, 480])
+def test_torchdatas_stateful_loader_resumes_with_workers_that_live_on(folders, stop: int) -> None:
+    """Also where an epoch has begun, and some workers have not read from it."""
+    torchdata = pytest.importorskip("torchdata.stateful_dataloader")
+    alone = stream(folders)
+    whole = [tuple(batch["keys"]) for _ in range(3) for batch in alone]
+    options = {"batch_size": None, "num_workers": 3, "persistent_workers": True}
+    first = torchdata.StatefulDataLoader(stream(folders), **options)
+    batches = chain.from_iterable(iter(first) for _ in range(3))
+    found = [tuple(batch["keys"]) for batch in islice(batches, stop)]
+    second = torchdata.StatefulDataLoader(stream(folders), **options)
+    second.load_state_dict(pickle.loads(pickle.dumps(first.state_dict())))
+    while len(found) < len(whole):
+        found += [tuple(batch["keys"]) for batch in second]
+    assert found == whole
+
+
+@pytest.mark.parametrize("stop", [0, 1, 2, 3])
+def test_a_state_of_workers_that_live_on_is_that_of_their_new_position(folders, stop: int) -> None:
+    torchdata = pytest.importorskip("torchdata.stateful_dataloader")
+    whole = [tuple(batch["keys"]) for batch in stream(folders)]
+    options = {"batch_size": None, "num_workers": 3, "persistent_workers": True}
+    dataset = stream(folders)
+    first = torchdata.StatefulDataLoader(dataset, **options)
+    list(islice(first, 100))
+    dataset.set_epoch(0)
+    found = [tuple(batch["keys"]) for batch in islice(first, stop)]
+    if not stop:
+        iter(first)
+    second = torchdata.StatefulDataLoader(stream(folders), **options)
+    second.load_state_dict(pickle.loads(pickle.dumps(first.state_dict())))
+    assert found + [tuple(batch["keys"]) for batch in second] == whole
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_after_an_iteration_that_was_broken_off_a_position_that_is_set_is_kept(folders, persistent: bool) -> None:
+    """Wherever it was broken off, and however far the workers were; the batches before it are neither lost nor made up."""
+    whole = [tuple(batch["keys"]) for batch in stream(folders, max_batches=12)]
+    dataset = stream(folders, max_batches=12)
+    batches = DataLoader(dataset, batch_size=None, num_workers=2, persistent_workers=persistent)
+    for stop in range(1, 12):
+        taken = list(islice(batches, stop))
+        dataset.load_state_dict(taken[-1]["state"])
+        assert [tuple(batch["keys"]) for batch in [*taken, *batches]] == whole, f"to go on after {stop}"
+        dataset.set_epoch(0)
+        list(islice(batches, stop))
+        dataset.set_epoch(0)
+        assert [tuple(batch["keys"]) for batch in batches] == whole, f"to begin again after {stop}"
+        dataset.set_epoch(0)
 
 
 def test_a_workers_state_is_for_as_many_ranks(folders, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,7 +415,18 @@ def test_shards_are_listed_in_the_order_of_their_use(folders) -> None:
     plan = stream(folders).plan
     catalogs = [dataset.catalog for dataset in plan.datasets]
     used = [(d, catalogs[d].locate(s)[0]) for number in range(plan.num_bins) for d, s in plan.samples_of(number)]
-    assert shards_of(plan, [*range(plan.num_bins), -1]) == list(dict.fromkeys(used))
+    assert list(shards_of(plan, [*range(plan.num_bins), -1])) == list(dict.fromkeys(used))
+
+
+def test_shards_are_listed_as_far_as_they_are_asked_for(folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("omniprep.stream.ahead._BINS_AT_ONCE", 10)
+    plan = stream(folders).plan
+    bins = iter(range(plan.num_bins))
+    shards = shards_of(plan, bins)
+    next(shards)
+    assert next(bins) == 10
+    next(bins)
+    assert len({next(shards) for _ in range(3)}) == 3
 
 
 RANKS = """
