@@ -224,13 +224,12 @@ class StreamingDataset(IterableDataset[TorchBatch]):  # type: ignore[misc]
 
     def _batches(self, plan: Plan, numbers: range) -> Generator[tuple[int, TorchBatch], None, None]:
         """Yield some of this rank's batches in order, with their numbers; threads make them ahead."""
-        # Of a cache that a worker has inherited by a fork, threads are missing and locks may be held by them.
-        cache = copy(self._cache) if _worker() else self._cache
+        # One of its own over the same folder: others may read through it, and what a fork inherits lacks its threads.
+        cache = copy(self._cache)
         reader = RecordReader([dataset.catalog for dataset in plan.datasets], cache=cache, max_corrupt=self._max_corrupt)
         decoder = PictureDecoder(profile=self.profile)  # in the thread that makes the batch: there are enough of those
         try:
-            if cache is not None:
-                reader.prefetch(shards_of(plan, map(self._bins(plan), numbers)))
+            reader.prefetch(shards_of(plan, map(self._bins(plan), numbers)))
             bin_of = self._bins(plan)
             yield from ahead(
                 lambda number: (number, self._make(reader, decoder, plan, bin_of(number))),
@@ -239,8 +238,6 @@ class StreamingDataset(IterableDataset[TorchBatch]):  # type: ignore[misc]
             )
         finally:
             self.corrupt = list(reader.corrupt)
-            if cache is not None:
-                cache.close()
             reader.close()
             decoder.close()
 

@@ -172,10 +172,12 @@ class RecordReader:
         """Have the cache fetch remote shards ahead, in the order in which they will be read; what it was told before is void."""
         if self._cache is not None:
             infos = ((self._folders[dataset], self._catalogs[dataset].shards[at]) for dataset, at in shards)
-            self._cache.prefetch([(folder, shard) for folder, shard in infos if not isinstance(folder, LocalFolder)])
+            self._cache.prefetch((folder, shard) for folder, shard in infos if not isinstance(folder, LocalFolder))
 
     def close(self) -> None:
-        """Close what is open. Reading opens it again."""
+        """Close what is open and stop fetching ahead. Reading opens it again."""
+        if self._cache is not None:
+            self._cache.close()
         with self._lock:
             self._shards.clear()
             threads, self._threads = self._threads, None

@@ -17,7 +17,7 @@ import fcntl
 import hashlib
 import os
 import time
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Condition, Thread
@@ -52,8 +52,10 @@ class ShardCache:
     def _start_anew(self) -> None:
         self._process = os.getpid()
         self._changed = Condition()
-        self._wanted: dict[str, tuple[Folder, ShardInfo]] = {}
-        """What is to be fetched ahead, by sha256, in order."""
+        self._wanted: Iterator[tuple[Folder, ShardInfo]] | None = None
+        """What is to be fetched ahead, in order."""
+        self._opened: set[str] = set()
+        """sha256 of what has been opened since that was said."""
         self._ahead: set[str] = set()
         """sha256 of what is fetched ahead, or just being so, and not opened yet."""
         self._thread: Thread | None = None
@@ -73,9 +75,9 @@ class ShardCache:
         the disk is full, `ConfigError` if the cache is too small for it.
         """
         self._check_process()
-        if shard.sha256 in self._wanted or shard.sha256 in self._ahead:
+        if shard.sha256 not in self._opened or shard.sha256 in self._ahead:
             with self._changed:
-                self._wanted.pop(shard.sha256, None)
+                self._opened.add(shard.sha256)
                 self._ahead.discard(shard.sha256)
                 self._changed.notify_all()
         descriptor = _claim(self._copy(shard), shard.num_bytes)
@@ -91,23 +93,29 @@ class ShardCache:
             time.sleep(_POLL_S)
         return descriptor
 
-    def prefetch(self, shards: Sequence[tuple[Folder, ShardInfo]]) -> None:
+    def prefetch(self, shards: Iterable[tuple[Folder, ShardInfo]]) -> None:
         """Fetch shards ahead, in this order, in a thread: `num_ahead` of them, the next as soon as one of these is opened.
 
-        What was asked for before is forgotten. Errors are left for `open` to meet again.
+        They are asked for one by one, in that thread. What was asked for before is forgotten. Errors of fetching are left for
+        `open` to meet again.
         """
-        self._check_process()
-        with self._changed:
-            self._wanted = {shard.sha256: (folder, shard) for folder, shard in shards}
-            self._ahead.clear()
-            self._changed.notify_all()
-            if self._num_ahead and self._wanted and (self._thread is None or not self._thread.is_alive()):
-                self._thread = Thread(target=self._fetch_ahead, name="omniprep-prefetch", daemon=True)
-                self._thread.start()
+        if self._num_ahead:
+            self._want(iter(shards))
 
     def close(self) -> None:
         """Stop fetching ahead. A shard on its way still comes in, for others."""
-        self.prefetch(())
+        self._want(None)
+
+    def _want(self, shards: Iterator[tuple[Folder, ShardInfo]] | None) -> None:
+        self._check_process()
+        with self._changed:
+            self._wanted = shards
+            self._ahead.clear()
+            self._opened.clear()
+            self._changed.notify_all()
+            if shards is not None and (self._thread is None or not self._thread.is_alive()):
+                self._thread = Thread(target=self._fetch_ahead, name="omniprep-prefetch", daemon=True)
+                self._thread.start()
 
     def _check_process(self) -> None:
         if self._process != os.getpid():  # a fork has no thread, and perhaps a lock that the thread held
@@ -116,13 +124,22 @@ class ShardCache:
     def _fetch_ahead(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: not self._wanted or len(self._ahead) < self._num_ahead)
-                if not self._wanted:
+                self._changed.wait_for(lambda: self._wanted is None or len(self._ahead) < self._num_ahead)
+                wanted = self._wanted
+                if wanted is None:
                     self._thread = None
                     return
-                sha256 = next(iter(self._wanted))
-                folder, shard = self._wanted.pop(sha256)
-                self._ahead.add(sha256)
+            found = next(wanted, None)  # not while others wait for the lock: it may take a while to know what comes next
+            with self._changed:
+                if wanted is not self._wanted:
+                    continue
+                if found is None:
+                    self._wanted = None
+                    continue
+                folder, shard = found
+                if shard.sha256 in self._opened:
+                    continue
+                self._ahead.add(shard.sha256)
             with suppress(OmniPrepError, OSError):
                 self._fetch_one(folder, shard)
 

@@ -30,6 +30,7 @@ from omniprep.storage.folder import Place
 from omniprep.stream.catalog import Catalog, read_catalog
 from omniprep.stream.reader import RecordReader
 from omniprep.stream.record import NUM_TOKEN_ROWS, Record
+from omniprep.stream.shard_cache import ShardCache
 
 if TYPE_CHECKING:
     import datasets
@@ -46,12 +47,14 @@ Range = tuple[int, int]
 """Samples [start, stop) of a catalog."""
 
 
-def hf_dataset(place: Place, *, split: str = "train", max_corrupt: int = 10) -> "datasets.IterableDataset":
+def hf_dataset(
+    place: Place, *, split: str = "train", cache: ShardCache | None = None, max_corrupt: int = 10
+) -> "datasets.IterableDataset":
     """Return a split as an `IterableDataset` of HF `datasets`.
 
     `split_dataset_by_node`, `shuffle`, `DataLoader` workers and `state_dict` work as they do there. A shuffle buffer holds whole
     records; the order of the 960 pieces, which `shuffle` changes too, costs nothing. A resumed run reads no record twice.
-    Raises what `read_catalog` raises.
+    `cache` is for a dataset at a URL: without one, every record is a request. Raises what `read_catalog` raises.
     """
     import datasets
 
@@ -63,7 +66,7 @@ def hf_dataset(place: Place, *, split: str = "train", max_corrupt: int = 10) -> 
     )
     # Numbers are generated and records mapped to them: HF resumes by generating anew what was generated already.
     return numbers.map(
-        _Rows(catalog, max_corrupt=max_corrupt),
+        _Rows(catalog, cache=cache, max_corrupt=max_corrupt),
         batched=True,  # so that a record can be left out
         batch_size=1,
         remove_columns=["sample"],
@@ -71,15 +74,18 @@ def hf_dataset(place: Place, *, split: str = "train", max_corrupt: int = 10) -> 
     )
 
 
-def ray_dataset(place: Place, *, split: str = "train", max_corrupt: int = 10) -> "ray.data.Dataset":
+def ray_dataset(
+    place: Place, *, split: str = "train", cache: ShardCache | None = None, max_corrupt: int = 10
+) -> "ray.data.Dataset":
     """Return a split as a Ray `Dataset`; records are read in Ray's workers, which must see `place`.
 
-    `max_corrupt` holds for each read task. Starts Ray if nothing has. Raises what `read_catalog` raises.
+    `max_corrupt` holds for each read task. `cache` is for a dataset at a URL; each node has a folder of that name, which its
+    workers share. Starts Ray if nothing has. Raises what `read_catalog` raises.
     """
     import ray.data
 
     catalog = read_catalog(place, split=split)
-    return ray.data.read_datasource(_datasource(catalog, max_corrupt=max_corrupt))
+    return ray.data.read_datasource(_datasource(catalog, cache=cache, max_corrupt=max_corrupt))
 
 
 def cut(num_samples: int, num_ranges: int) -> list[Range]:
@@ -102,8 +108,8 @@ def _numbers(ranges: Sequence[Range]) -> Iterator[dict[str, int]]:
 class _Rows:
     """Reads records as HF rows. Pickles: each process opens the shards for itself."""
 
-    def __init__(self, catalog: Catalog, *, max_corrupt: int) -> None:
-        self._reader, self._names = RecordReader([catalog], max_corrupt=max_corrupt), _names(catalog)
+    def __init__(self, catalog: Catalog, *, cache: ShardCache | None, max_corrupt: int) -> None:
+        self._reader, self._names = RecordReader([catalog], cache=cache, max_corrupt=max_corrupt), _names(catalog)
 
     def __call__(self, batch: dict[str, list[int]]) -> dict[str, list[Any]]:
         return _columns(self._reader, batch["sample"], names=self._names)
@@ -140,7 +146,7 @@ def _row(record: Record) -> dict[str, Any]:
     }
 
 
-def _datasource(catalog: Catalog, *, max_corrupt: int) -> Any:
+def _datasource(catalog: Catalog, *, cache: ShardCache | None, max_corrupt: int) -> Any:
     """Return what Ray reads a catalog by. (A function, for the class needs Ray to be defined.)"""
     from ray.data.block import BlockMetadata
     from ray.data.datasource import Datasource, ReadTask
@@ -156,7 +162,7 @@ def _datasource(catalog: Catalog, *, max_corrupt: int) -> Any:
             num_bytes = self.estimate_inmemory_data_size() // len(catalog)
             return [
                 ReadTask(
-                    partial(_blocks, *_part(catalog, piece), max_corrupt=max_corrupt),
+                    partial(_blocks, *_part(catalog, piece), cache=cache, max_corrupt=max_corrupt),
                     BlockMetadata(
                         num_rows=None,  # known of a range, but a record that cannot be read is left out
                         size_bytes=num_bytes * (piece[1] - piece[0]),
@@ -181,19 +187,22 @@ def _part(catalog: Catalog, piece: Range) -> tuple[Catalog, Range]:
     return part, (piece[0] - base, piece[1] - base)
 
 
-def _blocks(catalog: Catalog, piece: Range, *, max_corrupt: int) -> Iterator["pa.Table"]:
-    """Yield a range of records in blocks of about `BLOCK_BYTES`."""
+def _blocks(catalog: Catalog, piece: Range, *, cache: ShardCache | None, max_corrupt: int) -> Iterator["pa.Table"]:
+    """Yield a range of records in blocks of about `BLOCK_BYTES`; `catalog` has only the shards that it lies in."""
     from ray.data.block import BlockAccessor
 
-    reader = RecordReader([catalog], max_corrupt=max_corrupt)
     mean_bytes = sum(shard.num_bytes for shard in catalog.shards) / len(catalog)
     num_blocks = math.ceil((piece[1] - piece[0]) * mean_bytes / BLOCK_BYTES)
-    for start, stop in cut(piece[1] - piece[0], num_blocks):
-        samples = range(piece[0] + start, piece[0] + stop)
-        columns = _columns(reader, samples, names=_names(catalog))
-        if columns["key"]:
-            yield BlockAccessor.batch_to_arrow_block({name: _column(values) for name, values in columns.items()})
-    reader.close()
+    reader = RecordReader([catalog], cache=cache, max_corrupt=max_corrupt)
+    try:
+        reader.prefetch((0, number) for number in range(len(catalog.shards)))
+        for start, stop in cut(piece[1] - piece[0], num_blocks):
+            samples = range(piece[0] + start, piece[0] + stop)
+            columns = _columns(reader, samples, names=_names(catalog))
+            if columns["key"]:
+                yield BlockAccessor.batch_to_arrow_block({name: _column(values) for name, values in columns.items()})
+    finally:
+        reader.close()
 
 
 def _column(values: list[Any]) -> Any:

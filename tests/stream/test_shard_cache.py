@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -237,6 +237,29 @@ def test_shards_are_fetched_ahead_in_order_and_not_too_many(s3: S3, store: Remot
     cache.close()
 
 
+def test_shards_ahead_are_asked_for_one_by_one(s3: S3, store: RemoteFolder, tmp_path: Path) -> None:
+    found = shards(s3, 5)
+    asked: list[str] = []
+
+    def wanted() -> Iterator[tuple[RemoteFolder, ShardInfo]]:
+        for shard in found:
+            asked.append(shard.sha256)
+            yield store, shard
+
+    cache = ShardCache(tmp_path, max_bytes=5 * SIZE, num_ahead=1)
+    cache.prefetch(wanted())
+    wait_for(lambda: len(complete(tmp_path)) == 1)
+    time.sleep(0.1)
+    assert asked == [found[0].sha256]
+    os.close(cache.open(store, found[1]))  # before it is its turn: it is not fetched again
+    os.close(cache.open(store, found[0]))
+    wait_for(lambda: len(complete(tmp_path)) == 3)
+    assert asked == [shard.sha256 for shard in found[:3]]
+    assert len(s3.seen("HEAD", ".tar")) == 3
+    cache.close()
+    wait_for(lambda: cache._thread is None)
+
+
 def test_what_is_fetched_ahead_stays_until_it_is_read_if_there_is_other_room(s3: S3, store: RemoteFolder, tmp_path: Path) -> None:
     one, two, three = shards(s3, 3)
     cache = ShardCache(tmp_path, max_bytes=2 * SIZE, num_ahead=2)
@@ -278,7 +301,7 @@ def test_a_fork_begins_with_an_idle_cache(s3: S3, store: RemoteFolder, tmp_path:
     found = shards(s3, 3)
     cache = ShardCache(tmp_path, max_bytes=3 * SIZE)
     with cache._changed:  # as if its thread held the lock at that moment
-        cache._wanted = {shard.sha256: (store, shard) for shard in found}
+        cache._wanted = iter([(store, shard) for shard in found])
         process = multiprocessing.get_context("fork").Process(target=cache.close)
         process.start()
         process.join(10)

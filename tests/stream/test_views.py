@@ -16,9 +16,13 @@ from omniprep.shards.members import MemberFormat, load_npy
 from omniprep.shards.reader import ShardReader
 from omniprep.stream import views
 from omniprep.stream.catalog import read_catalog
+from omniprep.stream.shard_cache import ShardCache
 from omniprep.stream.views import cut, hf_dataset, ray_dataset
 from tests.benchmarks.stream_corpus import write_dataset
+from tests.s3_server import S3, s3
 from tests.shards.builders import media_sample, preference_sample, text_sample
+
+__all__ = ["s3"]
 
 NUM_SAMPLES = 22
 
@@ -234,7 +238,36 @@ def test_blocks_of_the_ray_view_are_bounded(dataset: Path, monkeypatch: pytest.M
     part, piece = views._part(catalog, (2, 20))
     assert len(part.shards) < len(catalog.shards)
     monkeypatch.setattr(views, "BLOCK_BYTES", 60_000)
-    blocks = list(views._blocks(part, piece, max_corrupt=0))
+    blocks = list(views._blocks(part, piece, cache=None, max_corrupt=0))
     assert len(blocks) > 5
     assert sum(block.num_rows for block in blocks) == 18
     assert [key for block in blocks for key in block["key"].to_pylist()] == list(stored(dataset))[2:20]
+
+
+@pytest.fixture
+def remote(dataset: Path, s3: S3) -> str:
+    """The same dataset in a store."""
+    for path in dataset.iterdir():
+        s3.put(f"views/{path.name}", path.read_bytes())
+    return f"{s3.url}/views"
+
+
+def test_the_hf_view_of_a_remote_dataset_reads_through_the_cache(dataset: Path, remote: str, s3: S3, tmp_path: Path) -> None:
+    view = hf_dataset(remote, cache=ShardCache(tmp_path, max_bytes=10 << 20))
+    for _ in range(2):
+        assert_stored(view, dataset)
+    num_shards = len(read_catalog(dataset).shards)
+    assert num_shards > 1
+    assert len(list(tmp_path.glob("*.tar"))) == num_shards
+    assert len(s3.seen("HEAD", ".tar")) == num_shards, "each is fetched once"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_ray_view_of_a_remote_dataset_fetches_the_shards_of_its_task(
+    dataset: Path, remote: str, s3: S3, tmp_path: Path
+) -> None:
+    part, piece = views._part(read_catalog(remote), (2, 20))
+    cache = pickle.loads(pickle.dumps(ShardCache(tmp_path, max_bytes=10 << 20)))
+    (block,) = views._blocks(part, piece, cache=cache, max_corrupt=0)
+    assert block["key"].to_pylist() == list(stored(dataset))[2:20]
+    assert {path.name for path in tmp_path.glob("*.tar")} == {f"{shard.sha256}.tar" for shard in part.shards}
