@@ -39,11 +39,14 @@ SampleKind = Literal["sequence", "preference"]
 SEQUENCES: dict[SampleKind, tuple[str, ...]] = {"sequence": ("tokens",), "preference": ("chosen", "rejected")}
 """The token sequences of a record, by the kind of dataset."""
 
-_JSON = "json"
-_MEL = "mel.npy"
-_FRAMES: dict[FrameFormat, str] = {"jpeg": "frames.mjpg", "raw": "frames.npy"}
+JSON = "json"
+MEL = "mel.npy"
+FRAMES: dict[FrameFormat, str] = {"jpeg": "frames.mjpg", "raw": "frames.npy"}
+NUM_TOKEN_ROWS = 5
+"""Rows of a token sequence: input_ids, labels (unshifted), temporal, height, width."""
+
 _ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False, default=str)
-_TOKEN_ROWS = 5  # input_ids, labels, temporal, height, width
+_END_OF_SEGMENTS, _AFTER_SEGMENTS = b"],", b'"audio":"'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +64,13 @@ class MemberFormat:
         >>> MemberFormat().names
         ('frames.mjpg', 'json', 'mel.npy', 'tokens.npy')
         """
-        sequences = [f"{name}.npy" for name in SEQUENCES[self.kind]]
-        return tuple(sorted([_JSON, _MEL, _FRAMES[self.frame_format], *sequences]))
+        sequences = [sequence_member(name) for name in SEQUENCES[self.kind]]
+        return tuple(sorted([JSON, MEL, FRAMES[self.frame_format], *sequences]))
+
+
+def sequence_member(name: str) -> str:
+    """Return the name of the member that holds a token sequence."""
+    return f"{name}.npy"
 
 
 def to_members(
@@ -84,15 +92,15 @@ def to_members(
         )
     frames = [frame for item in sample.vision for frame in item.frames]
     members = {
-        _JSON: _describe(sample),
-        _MEL: _mel_bytes(sample.audio, num_mel_bins=profile.num_mel_bins, dtype=np.dtype(form.mel_dtype)),
+        JSON: _describe(sample),
+        MEL: _mel_bytes(sample.audio, num_mel_bins=profile.num_mel_bins, dtype=np.dtype(form.mel_dtype)),
     }
     if form.frame_format == "raw":
-        members[_FRAMES["raw"]] = b"".join((npy_header("|u1", (sum(map(len, frames)),)), *frames))
+        members[FRAMES["raw"]] = b"".join((npy_header("|u1", (sum(map(len, frames)),)), *frames))
     else:
-        members[_FRAMES["jpeg"]] = b"".join(frames)
+        members[FRAMES["jpeg"]] = b"".join(frames)
     for name in sequences:
-        members[f"{name}.npy"] = _layout_bytes(sample.layouts[name])
+        members[sequence_member(name)] = _layout_bytes(sample.layouts[name])
     return {name: members[name] for name in form.names}
 
 
@@ -104,12 +112,12 @@ def from_members(members: Mapping[str, bytes]) -> EncodedSample:
     facts = read_facts(members)
     try:
         sequences = tuple(dict.fromkeys(segment["sequence"] for segment in facts["segments"]))
-        mel = load_npy(members, _MEL).astype(np.float32)
+        mel = load_npy(members, MEL).astype(np.float32)
         frames = _frame_bytes(members)
         return EncodedSample(
             key=facts["key"],
             id=facts["id"],
-            layouts={name: _layout(load_npy(members, f"{name}.npy"), name, facts["segments"]) for name in sequences},
+            layouts={name: _layout(load_npy(members, sequence_member(name)), name, facts["segments"]) for name in sequences},
             audio=tuple(_audio(item, mel) for item in json.loads(facts["audio"])),
             vision=tuple(_vision(item, frames) for item in json.loads(facts["vision"])),
             rope_mode=facts["rope_mode"],
@@ -125,7 +133,7 @@ def from_members(members: Mapping[str, bytes]) -> EncodedSample:
 def read_facts(members: Mapping[str, bytes]) -> dict[str, Any]:
     """Return the `json` member as plain values. Raises `DatasetError` if it is missing or of another format."""
     try:
-        facts = json.loads(bytes(members[_JSON]))
+        facts = json.loads(bytes(members[JSON]))
         version = facts["format"]
     except KeyError as error:
         raise DatasetError(f"json: {error} is missing") from None
@@ -134,6 +142,21 @@ def read_facts(members: Mapping[str, bytes]) -> dict[str, Any]:
     if version != FORMAT_VERSION:
         raise DatasetError(f"json: expected format {FORMAT_VERSION}, got {version!r}; read it with the omniprep that wrote it")
     return dict(facts)
+
+
+def json_start(key: str) -> bytes:
+    """Return how a record's `json` begins as `to_members` writes it."""
+    return b'{"format":%d,"key":"%b",' % (FORMAT_VERSION, key.encode())
+
+
+def json_after_segments(text: bytes) -> bytes | None:
+    """Return of a `json` that `to_members` wrote what follows the segments, which are most of it; None if it is not like that.
+
+    >>> json_after_segments(b'{"format":1,"segments":[{"start":0}],"audio":"[]","vision":"[]","meta":"{}"}')
+    b'{"audio":"[]","vision":"[]","meta":"{}"}'
+    """
+    at = text.find(_END_OF_SEGMENTS + _AFTER_SEGMENTS)
+    return None if at < 0 else b"{" + text[at + len(_END_OF_SEGMENTS) :]
 
 
 def load_npy(members: Mapping[str, bytes], name: str) -> npt.NDArray[Any]:
@@ -162,7 +185,7 @@ def npy_header(descr: str, shape: tuple[int, ...]) -> bytes:
 
 
 def _layout_bytes(layout: Layout) -> bytes:
-    stacked = np.empty((_TOKEN_ROWS, layout.num_tokens), np.int32)
+    stacked = np.empty((NUM_TOKEN_ROWS, layout.num_tokens), np.int32)
     stacked[0], stacked[1], stacked[2:] = layout.input_ids, layout.labels, layout.position_ids
     return b"".join((npy_header("<i4", stacked.shape), stacked.data))
 
@@ -177,11 +200,11 @@ def _mel_bytes(audio: Sequence[EncodedAudio], *, num_mel_bins: int, dtype: np.dt
 
 
 def _frame_bytes(members: Mapping[str, bytes]) -> bytes:
-    if _FRAMES["raw"] in members:
-        return load_npy(members, _FRAMES["raw"]).tobytes()
-    if _FRAMES["jpeg"] not in members:
-        raise DatasetError(f"{_FRAMES['jpeg']}: member is missing")
-    return bytes(members[_FRAMES["jpeg"]])
+    if FRAMES["raw"] in members:
+        return load_npy(members, FRAMES["raw"]).tobytes()
+    if FRAMES["jpeg"] not in members:
+        raise DatasetError(f"{FRAMES['jpeg']}: member is missing")
+    return bytes(members[FRAMES["jpeg"]])
 
 
 def _describe(sample: EncodedSample) -> bytes:
@@ -318,8 +341,8 @@ def _vision(item: Mapping[str, Any], frames: bytes) -> EncodedVision:
 
 
 def _layout(stacked: npt.NDArray[Any], name: str, segments: Sequence[Mapping[str, Any]]) -> Layout:
-    if stacked.dtype != np.int32 or stacked.ndim != 2 or stacked.shape[0] != _TOKEN_ROWS:
-        raise DatasetError(f"{name}.npy: expected int32 ({_TOKEN_ROWS}, T), got {stacked.dtype} {stacked.shape}")
+    if stacked.dtype != np.int32 or stacked.ndim != 2 or stacked.shape[0] != NUM_TOKEN_ROWS:
+        raise DatasetError(f"{sequence_member(name)}: expected int32 ({NUM_TOKEN_ROWS}, T), got {stacked.dtype} {stacked.shape}")
     return Layout(
         input_ids=stacked[0],
         labels=stacked[1],

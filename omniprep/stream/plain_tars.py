@@ -15,7 +15,16 @@ from typing import Any
 import numpy as np
 
 from omniprep.errors import DatasetError
-from omniprep.shards.members import SEQUENCES, MemberFormat, SampleKind, npy_header, read_facts
+from omniprep.shards.members import (
+    FRAMES,
+    MEL,
+    SEQUENCES,
+    MemberFormat,
+    SampleKind,
+    npy_header,
+    read_facts,
+    sequence_member,
+)
 from omniprep.sources.webdataset import split_name
 from omniprep.storage.folder import open_folder
 from omniprep.stream.corrupt import Corrupt, CorruptLog
@@ -129,9 +138,9 @@ def _record(members: _Members) -> Record:
 
 def _form(members: Mapping[str, bytes]) -> MemberFormat:
     """Return the format that a record's members have."""
-    kind: SampleKind = "preference" if f"{SEQUENCES['preference'][0]}.npy" in members else "sequence"
+    kind: SampleKind = "preference" if sequence_member(SEQUENCES["preference"][0]) in members else "sequence"
     return MemberFormat(
         kind=kind,
-        frame_format="raw" if "frames.npy" in members else "jpeg",
-        mel_dtype="float32" if members.get("mel.npy", b"").startswith(_FLOAT32) else "float16",
+        frame_format="raw" if FRAMES["raw"] in members else "jpeg",
+        mel_dtype="float32" if members.get(MEL, b"").startswith(_FLOAT32) else "float16",
     )

@@ -20,13 +20,23 @@ from pydantic_core import from_json
 
 from omniprep.errors import DatasetError
 from omniprep.profile import QWEN2_5_OMNI
-from omniprep.shards.members import FORMAT_VERSION, SEQUENCES, MemberFormat, npy_header
+from omniprep.shards.members import (
+    FORMAT_VERSION,
+    FRAMES,
+    JSON,
+    MEL,
+    NUM_TOKEN_ROWS,
+    SEQUENCES,
+    MemberFormat,
+    json_after_segments,
+    json_start,
+    npy_header,
+    sequence_member,
+)
 from omniprep.types import FrameFormat, Int32Array
 
 MelArray = npt.NDArray[np.float16] | npt.NDArray[np.float32]
 
-NUM_TOKEN_ROWS = 5
-"""Rows of a token member: input_ids, labels (unshifted), temporal, height, width."""
 _NPY_HEADER_BYTES = len(npy_header("<i4", (NUM_TOKEN_ROWS, 1)))
 """The same for every shape that fits a tar: numpy leaves room for the first axis and aligns to 64 bytes."""
 
@@ -97,7 +107,7 @@ class Record:
 
     def has_its_json(self) -> bool:
         """Return whether `json` begins and ends as our writer's for this key: enough where there are no media to read of it."""
-        return self.json.tobytes().startswith(_json_start(self.key)) and self.json[-1:].tobytes() == b"}"
+        return self.json.tobytes().startswith(json_start(self.key)) and self.json[-1:].tobytes() == b"}"
 
 
 @dataclass(frozen=True)
@@ -109,22 +119,22 @@ class MemberPlaces:
     @cached_property
     def json(self) -> int:
         """Return the place of `json` among the members."""
-        return self.form.names.index("json")
+        return self.form.names.index(JSON)
 
     @cached_property
     def mel(self) -> int:
         """Return the place of the mel."""
-        return self.form.names.index("mel.npy")
+        return self.form.names.index(MEL)
 
     @cached_property
     def frames(self) -> int:
         """Return the place of the frames."""
-        return next(at for at, name in enumerate(self.form.names) if name.startswith("frames."))
+        return self.form.names.index(FRAMES[self.form.frame_format])
 
     @cached_property
     def sequences(self) -> tuple[tuple[str, int], ...]:
         """Return the name and place of each token sequence."""
-        return tuple((name, self.form.names.index(f"{name}.npy")) for name in SEQUENCES[self.form.kind])
+        return tuple((name, self.form.names.index(sequence_member(name))) for name in SEQUENCES[self.form.kind])
 
     @cached_property
     def mel_dtype(self) -> "np.dtype[Any]":
@@ -146,18 +156,18 @@ def view_record(
     Raises `DatasetError` that names the member that is not what it should be.
     """
     start, size = spans[places.mel]
-    mel = view_npy(buffer, start, size, dtype=places.mel_dtype, num_rows=QWEN2_5_OMNI.num_mel_bins, name="mel.npy")
+    mel = view_npy(buffer, start, size, dtype=places.mel_dtype, num_rows=QWEN2_5_OMNI.num_mel_bins, name=MEL)
     start, size = spans[places.frames]
     if places.form.frame_format == "raw":
         num_bytes = max(size - _NPY_HEADER_BYTES, 0)
-        _check_npy(buffer[start : start + size], npy_header("|u1", (num_bytes,)), num_bytes, "frames.npy")
+        _check_npy(buffer[start : start + size], npy_header("|u1", (num_bytes,)), num_bytes, FRAMES["raw"])
         start, size = start + _NPY_HEADER_BYTES, num_bytes
     json_start, json_size = spans[places.json]
     return Record(
         key,
         source,
         {
-            name: view_npy(buffer, *spans[at], dtype=_INT32, num_rows=NUM_TOKEN_ROWS, name=f"{name}.npy")
+            name: view_npy(buffer, *spans[at], dtype=_INT32, num_rows=NUM_TOKEN_ROWS, name=sequence_member(name))
             for name, at in places.sequences
         },
         mel,
@@ -210,24 +220,14 @@ def _items(text: bytes, *, key: str, num_mel_frames: int, num_bytes: int) -> Ite
 
 def _media_facts(text: bytes, key: str) -> dict[str, Any]:
     """Return at least the facts `audio` and `vision` of a record's `json`."""
-    at = text.find(_AFTER_SEGMENTS)
-    if at >= 0 and text.startswith(_json_start(key)):
-        # As our writer puts it. The segments before are most of the text, and nothing here asks for them.
-        tail: dict[str, Any] = from_json(b"{" + text[at + len(_END_OF_SEGMENTS) :])
+    if text.startswith(json_start(key)) and (rest := json_after_segments(text)) is not None:
+        tail: dict[str, Any] = from_json(rest)
         return tail
     facts: dict[str, Any] = from_json(text)
     if facts["format"] != FORMAT_VERSION or facts["key"] != key:
         detail = f"expected format {FORMAT_VERSION} and key {key!r}, got {facts['format']!r} and {facts['key']!r}"
         raise DatasetError(f"json: {detail:.300}")
     return facts
-
-
-_END_OF_SEGMENTS = b"],"
-_AFTER_SEGMENTS = _END_OF_SEGMENTS + b'"audio":"'
-
-
-def _json_start(key: str) -> bytes:
-    return b'{"format":%d,"key":"%b",' % (FORMAT_VERSION, key.encode())
 
 
 def _audio_item(item: Mapping[str, Any], num_mel_frames: int) -> AudioItem:

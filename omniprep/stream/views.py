@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from omniprep.profile import QWEN2_5_OMNI
-from omniprep.shards.members import SEQUENCES
+from omniprep.shards.members import NUM_TOKEN_ROWS, SEQUENCES
 from omniprep.storage.folder import Place
 from omniprep.stream.catalog import Catalog, read_catalog
 from omniprep.stream.reader import RecordReader
-from omniprep.stream.record import NUM_TOKEN_ROWS, Record
+from omniprep.stream.record import Record
 from omniprep.stream.shard_cache import ShardCache
 
 if TYPE_CHECKING:
