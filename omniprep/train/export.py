@@ -4,13 +4,19 @@ The weights that a run trains may lie in pieces on many ranks, with adapters bes
 what is written is whole, merged and plain. The model in memory stays as it is.
 """
 
+import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from omniprep.errors import ConfigError
 from omniprep.train.lora import has_lora, is_adapter, merged
+
+_THINKER = "thinker."
+"""Begins the names of the Thinker's weights in a released Omni checkpoint."""
 
 
 def save_thinker(thinker: Any, folder: Path, *, merge_lora: bool = True, dtype: torch.dtype | None = None) -> None:
@@ -27,10 +33,11 @@ def save_thinker(thinker: Any, folder: Path, *, merge_lora: bool = True, dtype: 
     if dtype is not None:
         state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     # A plain model of the same shape without memory: only it knows the names of its saved weights.
+    config = copy.deepcopy(thinker.config)
+    config._attn_implementation = "sdpa"
     with torch.device("meta"):
-        plain = type(thinker)(thinker.config)
+        plain = type(thinker)(config).to(state["lm_head.weight"].dtype)
     plain.generation_config = thinker.generation_config
-    plain.config.dtype = state["lm_head.weight"].dtype
     folder.mkdir(parents=True, exist_ok=True)
     plain.save_pretrained(folder, state_dict=state)
 
@@ -52,3 +59,60 @@ def _without_adapters(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _is_main() -> bool:
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def put_into_omni(thinker: Path, *, source: Path, folder: Path) -> None:
+    """Write a copy of the released Omni checkpoint `source` in which the Thinker is the one that `save_thinker` wrote.
+
+    The released files hold its weights under `thinker.` beside the Talker's and the vocoder's. They are copied one file at a
+    time, each with the new weights, in the types of the old; everything else is copied as it is. Raises `ConfigError` if
+    the two are not of the same shape.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    ours = _Weights(thinker)
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+    found = set()
+    for file in sorted(source.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            tensors = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
+            metadata = weights.metadata()
+        for name, old in tensors.items():
+            if name.startswith(_THINKER):
+                tensors[name] = ours.like(name.removeprefix(_THINKER), old)
+                found.add(name.removeprefix(_THINKER))
+        save_file(tensors, folder / file.name, metadata)
+    if left := sorted(ours.names - found):
+        raise ConfigError(
+            f"{source}: expected a released Omni checkpoint with {_THINKER}{left[0]} in it; {len(left)} are missing"
+        )
+
+
+class _Weights:
+    """The weights in a folder of `save_pretrained`, read when they are asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        from safetensors import safe_open
+
+        self._folder = folder
+        self._file_of: dict[str, Path] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as weights:
+                self._file_of |= dict.fromkeys(weights.keys(), file)
+        self.names = set(self._file_of)
+
+    def like(self, name: str, other: Tensor) -> Tensor:
+        """Return a weight in the type of another. Raises `ConfigError` if it has another shape, or is not there."""
+        from safetensors import safe_open
+
+        if name not in self._file_of:
+            raise ConfigError(f"{self._folder}: no weight {name}, which the Omni checkpoint has")
+        with safe_open(self._file_of[name], framework="pt") as weights:
+            tensor: Tensor = weights.get_tensor(name)
+        if tensor.shape != other.shape:
+            raise ConfigError(
+                f"{self._folder}: {name} is {tuple(tensor.shape)}, that of the Omni checkpoint {tuple(other.shape)}; "
+                "put a Thinker into the checkpoint that it was trained from"
+            )
+        return tensor.to(other.dtype)

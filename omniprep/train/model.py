@@ -129,6 +129,7 @@ def train_only(thinker: Any, names: Collection[ModuleName]) -> None:
 
 
 def _load(settings: ModelSettings, profile: ModelProfile, seed: int) -> Any:
+    from safetensors import SafetensorError
     from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
     if settings.checkpoint == TINY:
@@ -141,7 +142,7 @@ def _load(settings: ModelSettings, profile: ModelProfile, seed: int) -> Any:
         thinker, report = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
             settings.checkpoint, config=config, dtype=torch.float32, output_loading_info=True
         )
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"model.checkpoint: {settings.checkpoint}: its weights cannot be read: {reason:.300}") from None
     if report["missing_keys"]:
