@@ -27,6 +27,9 @@ from omniprep.stream.energon import ENERGON_FOLDER, ENERGON_SUFFIX, energon_is_c
 from omniprep.types import Int64Array
 from omniprep.verify_sample import check_sample
 
+_REFERENCES = "reference-"
+"""Begins the names of what a trainer stores beside the shards: log-probabilities of its reference model."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
@@ -79,7 +82,7 @@ def _check_files(folder: Folder, manifest: Manifest, present: Mapping[str, int])
         )
     exported = {f"{shard.name}{ENERGON_SUFFIX}" for shard in manifest.shards}
     for name in sorted(set(present) - set(expected) - exported - {MANIFEST_NAME}):
-        if not name.startswith((f"{RECEIPTS_FOLDER}/", f"{ENERGON_FOLDER}/")):
+        if not name.startswith((f"{RECEIPTS_FOLDER}/", f"{ENERGON_FOLDER}/", _REFERENCES)):
             yield Finding(shard=name, message="not in the manifest; remove it, for readers that glob would read it")
 
 

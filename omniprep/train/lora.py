@@ -103,5 +103,4 @@ def _adapted(thinker: Any) -> Iterator[tuple[str, Any]]:
 
     for name, module in thinker.named_modules():
         if isinstance(module, LoraLayer):
-            # Wrapped by activation checkpointing, a module's name has a step that names in state_dict do not have.
-            yield name.replace("_checkpoint_wrapped_module.", ""), module
+            yield name, module
