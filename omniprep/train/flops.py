@@ -11,7 +11,10 @@ weights:
     learns                           3 x        3 x
     frozen, gradients pass through   2 x        3 x
     frozen, nothing behind it        1 x        1 x
-    learns, nothing behind it        2 x        -       (the first layers; taken as 3 x inside a tower)
+    the head, if it learns alone     2 x        -
+
+An adapter begins with a norm that learns with it, and so is passed through to its beginning; of an encoder's first layer
+the gradient of the input is not needed, but counted (below a percent of the tower).
 """
 
 import math
@@ -87,9 +90,10 @@ def training_flops(config: Any, lengths: BatchLengths, *, trains: Collection[str
     towers = {name for name in learns if name.startswith(("audio", "vision"))}
     reaches_llm = bool(towers) or "language_model" in trains
     passes = {"head": reaches_llm, "language_model": reaches_llm}
-    # An adapter passes gradients on only to an encoder that learns; nothing lies behind an encoder.
-    passes |= {f"{tower}_adapter": f"{tower}_encoder" in learns for tower in ("audio", "vision")}
-    total = sum(_with_backward(parts[name], name in learns, passes.get(name, name in learns)) for name in parts)
+    for tower in ("audio", "vision"):
+        passes[f"{tower}_encoder"] = f"{tower}_encoder" in learns
+        passes[f"{tower}_adapter"] = not learns.isdisjoint({f"{tower}_encoder", f"{tower}_adapter"})
+    total = sum(_with_backward(parts[name], name in learns, passes[name]) for name in parts)
     return total + 3 * 2.0 * num_lora_parameters * sum(lengths.documents)
 
 

@@ -128,7 +128,7 @@ def _generate(thinker: Any, inputs: Mapping[str, Tensor], settings: SampleSettin
 
     sampling: dict[str, Any] = {"do_sample": False}
     if settings.do_sample:
-        # Every way of choosing that is not named would be taken from the checkpoint's own file.
+        # Not named, `top_k` would be 50.
         sampling = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
     config = GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
@@ -161,17 +161,21 @@ def _answer(prompt: Prompt, ids: Tensor, tokenizer: TextTokenizer, profile: Mode
 
 @contextmanager
 def _undisturbed(thinker: Any, device: torch.device) -> Iterator[None]:
-    """Evaluate with an attention that knows caches; put modes, attention and random state back."""
+    """Evaluate with an attention that knows caches, and without what the checkpoint says of generation; put all of it back."""
+    from transformers import GenerationConfig
+
     modes = [(module, module.training) for module in thinker.modules()]
     text = thinker.model.language_model.config
-    attention = text._attn_implementation
+    attention, own = text._attn_implementation, thinker.generation_config
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
             thinker.eval()
+            thinker.generation_config = GenerationConfig()
             text._attn_implementation = "sdpa"
             yield
         finally:
             text._attn_implementation = attention
+            thinker.generation_config = own
             for module, mode in modes:
                 module.training = mode
 

@@ -133,7 +133,14 @@ class RunLog:
             if self.is_main:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 for name in self.settings.trackers:
-                    tracker = open_tracker(name, self.folder, project=self.settings.project, run=self.title, facts=self.facts)
+                    tracker = open_tracker(
+                        name,
+                        self.folder,
+                        project=self.settings.project,
+                        run=self.title,
+                        facts=self.facts,
+                        first_step=self.start_step + 1,
+                    )
                     self._trackers.append(tracker)
                     stack.callback(tracker.close)
                 drop_lines_after(self.path, self.start_step)
@@ -170,12 +177,12 @@ class RunLog:
         self._show(step, self._describe(step), self.is_due(step))
 
     def event(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Write a line of another kind: a validation's means, a sample answer. Numbers go to the trackers as `kind/name`."""
+        """Write a line of another kind: a validation's means, a sample answer. If all are numbers, trackers get `kind/name`."""
         if not self.is_main:
             return
         self._write(kind, step, values)
-        numbers = {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
-        self._track(f"{kind}/", step, numbers)
+        if all(isinstance(value, int | float) for value in values.values()):
+            self._track(f"{kind}/", step, values)
 
     def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         line = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}

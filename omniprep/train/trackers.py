@@ -21,13 +21,15 @@ class Tracker(Protocol):
         """Write what is left."""
 
 
-def open_tracker(name: TrackerName, folder: Path, *, project: str, run: str, facts: Mapping[str, Any]) -> Tracker:
-    """Return a tracker whose files, where it has any, lie in `folder`.
+def open_tracker(
+    name: TrackerName, folder: Path, *, project: str, run: str, facts: Mapping[str, Any], first_step: int = 0
+) -> Tracker:
+    """Return a tracker whose files, where it has any, lie in `folder`. Steps from `first_step` on are told anew.
 
     Raises `ConfigError` with the command that installs it if it is not.
     """
     if name == "tensorboard":
-        return _TensorBoard(folder / "tensorboard")
+        return _TensorBoard(folder / "tensorboard", first_step)
     return _Hosted(_installed(name, name), folder, project=project, run=run, facts=facts)
 
 
@@ -42,9 +44,9 @@ def _installed(module: str, package: str) -> Any:
 class _TensorBoard:
     """Event files."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, first_step: int) -> None:
         _installed("tensorboard", "tensorboard")
-        self._writer = import_module("torch.utils.tensorboard").SummaryWriter(str(folder))
+        self._writer = import_module("torch.utils.tensorboard").SummaryWriter(str(folder), purge_step=first_step)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
