@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from omniprep.train.prompts import Prompt, encoder_of, prompts_from_file, prompt
 class SampleSettings(Config):
     """Which prompts are answered, and how."""
 
-    prompts: Path | int = 4
+    prompts: Path | Annotated[int, Field(ge=1)] = 4
     """A JSONL file of native conversations, whose last answer is left out; or how many records of the validation split."""
     media_roots: tuple[str, ...] = ()
     """Folders under which the media of that file may lie, besides its own."""

@@ -79,8 +79,8 @@ class MemoryPlan:
 
     def describe(self) -> str:
         """Return a line for each part, and the sum."""
-        lines = [f"{name:<26}{size / 1e9:>8.1f} GB" for name, size in self.parts.items()]
-        return "\n".join([*lines, f"{'together, on each device':<26}{self.total / 1e9:>8.1f} GB"])
+        lines = [f"{name:<30}{size / 1e9:>8.1f} GB" for name, size in self.parts.items()]
+        return "\n".join([*lines, f"{'together, on each device':<30}{self.total / 1e9:>8.1f} GB"])
 
 
 def plan_memory(

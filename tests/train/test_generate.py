@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from omniprep.config import parse_config
 from omniprep.encode.model_inputs import model_inputs
 from omniprep.encode.thinker import EncodeConfig, ThinkerEncoder
 from omniprep.errors import ConfigError
@@ -243,6 +244,14 @@ def test_prompts_of_records_are_their_tokens_before_the_last_answer(tmp_path: Pa
         assert (layout.labels[length:] != IGNORE_INDEX).any()
     with pytest.raises(ConfigError, match="no supervised record in split 'val'"):
         prompts_from_records([tmp_path], encoder().tokenizer, split="val", num_records=4)
+
+
+def test_settings_tell_a_file_from_a_number() -> None:
+    found = [parse_config(SampleSettings, {"prompts": value}, place="samples").prompts for value in (3, "prompts.jsonl")]
+    assert found == [3, Path("prompts.jsonl")]
+    for wrong in ({"prompts": 0}, {"top_p": 1.5}, {"temperature": 0.0}, {"repetition_penalty": 0.0}, {"max_new_tokens": 0}):
+        with pytest.raises(ConfigError, match=f"samples: {next(iter(wrong))}"):
+            parse_config(SampleSettings, wrong, place="samples")
 
 
 def test_of_a_preference_the_chosen_answer_is_expected() -> None:
