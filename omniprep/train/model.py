@@ -29,6 +29,7 @@ __all__ = [
     "ModelSettings",
     "ModuleName",
     "add_lora",
+    "config_of",
     "load_config",
     "load_thinker",
     "modules_of",
@@ -71,6 +72,16 @@ def load_thinker(settings: ModelSettings, *, profile: ModelProfile = QWEN2_5_OMN
             thinker = add_lora(thinker, settings.lora)
     _frozen_always(thinker).requires_grad_(False)
     return thinker.train()
+
+
+def config_of(settings: ModelSettings, *, profile: ModelProfile = QWEN2_5_OMNI) -> Any:
+    """Return the configuration of the Thinker that `load_thinker` would load, with its errors; no weight is read."""
+    if settings.checkpoint == TINY:
+        with torch.device("meta"):
+            return tiny_thinker(profile).config
+    config = load_config(settings.checkpoint)
+    _check_profile(config, profile, settings.checkpoint)
+    return config
 
 
 def load_config(checkpoint: str) -> Any:
@@ -118,8 +129,17 @@ def parameters_of(thinker: Any) -> dict[ModuleName, tuple[nn.Parameter, ...]]:
 
 
 def train_only(thinker: Any, names: Collection[ModuleName]) -> None:
-    """Let the named parts learn and freeze the others. With adapters, `language_model` means them and not their base."""
+    """Let the named parts learn and freeze the others. With adapters, `language_model` means them and not their base.
+
+    Raises `ConfigError` if the head and the embeddings are the same weights and only one of the two is to learn.
+    """
     only_adapters = has_lora(thinker)
+    is_tied = thinker.lm_head.weight is thinker.model.language_model.embed_tokens.weight
+    if is_tied and ("head" in names) != ("language_model" in names and not only_adapters):
+        raise ConfigError(
+            "phases.train: the head of this model shares its weights with the embeddings, so `head` and `language_model` learn "
+            f"together or not at all{', and with adapters not at all: leave `head` out' if only_adapters else ''}"
+        )
     for part, modules in modules_of(thinker).items():
         for module in modules:
             for name, parameter in module.named_parameters():
@@ -134,8 +154,7 @@ def _load(settings: ModelSettings, profile: ModelProfile, seed: int) -> Any:
 
     if settings.checkpoint == TINY:
         return tiny_thinker(profile, seed=seed)
-    config = load_config(settings.checkpoint)
-    _check_profile(config, profile, settings.checkpoint)
+    config = config_of(settings, profile=profile)
     if settings.from_scratch:
         return Qwen2_5OmniThinkerForConditionalGeneration(config)
     try:

@@ -106,6 +106,34 @@ def test_what_no_input_goes_through_is_frozen_from_the_start() -> None:
     }
 
 
+def test_a_head_that_is_the_embeddings_learns_with_them_or_not_at_all(tmp_path: Path) -> None:
+    save_thinker(load_thinker(ModelSettings()), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = True
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    settings = ModelSettings(checkpoint=str(tmp_path), from_scratch=True)
+    thinker = load_thinker(settings, seed=8)
+    embeddings = thinker.model.language_model.embed_tokens.weight
+    assert thinker.lm_head.weight is embeddings
+    listed = [id(parameter) for parameter in chain.from_iterable(parameters_of(thinker).values())]
+    assert sorted(listed) == sorted({id(parameter) for parameter in thinker.parameters()})
+    for names, learns in ((("head", "language_model"), True), (("audio_adapter",), False)):
+        train_only(thinker, names)
+        assert embeddings.requires_grad == learns
+    for name in ("head", "language_model"):
+        with pytest.raises(
+            ConfigError, match="shares its weights with the embeddings, so `head` and `language_model` learn toge"
+        ):
+            train_only(thinker, [name])
+    save_thinker(thinker, tmp_path / "tied")
+    assert_same(in_plain_transformers(tmp_path / "tied").state_dict(), thinker.state_dict())
+    add_lora(thinker, LoraSettings())
+    train_only(thinker, ["language_model"])
+    assert not embeddings.requires_grad
+    with pytest.raises(ConfigError, match="leave `head` out"):
+        train_only(thinker, ["language_model", "head"])
+
+
 # Adapters --------------------------------------------------------------------------------------------------------------
 
 
