@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from omniprep import __version__
-from omniprep.cli import bench, build, export, look
+from omniprep.cli import bench, build, export, look, train
 from omniprep.terminal import show
 
 app = typer.Typer(
@@ -17,6 +17,7 @@ app = typer.Typer(
 )
 for command in (build.prepare, build.retry, build.plan, look.verify, look.diff, look.inspect, build.encode, build.schema):
     app.command()(command)
+app.add_typer(train.app, name="train")
 app.add_typer(bench.app, name="bench")
 app.add_typer(export.app, name="export")
 

@@ -45,14 +45,18 @@ class ParallelSettings(Config):
     """Compile every decoder layer; the first steps take minutes."""
     attention: Literal["auto", "sdpa", "varlen"] = "auto"
     """`varlen` is told where documents end and never builds an L x L mask; auto: `varlen` on CUDA, else `sdpa`."""
-    loss_chunk_tokens: int = Field(default=1024, ge=1)
-    """Rows of logits that are alive at a time."""
+    loss_chunk_tokens: int | None = Field(default=None, ge=1)
+    """Rows of logits that are alive at a time. None: 1,024 on CUDA, 64 on a CPU, whose cache then holds them."""
     reshard_after_forward: bool = True
     """Let go of a layer's gathered weights between its forward and its backward pass; False: faster, and more memory."""
 
     def computes_in_bf16(self, device: torch.device) -> bool:
         """Return whether matrices are multiplied in bfloat16 on this device."""
         return device.type == "cuda" if self.bf16 is None else self.bf16
+
+    def chunk_tokens_on(self, device: torch.device) -> int:
+        """Return how many rows of logits are alive at a time on this device."""
+        return self.loss_chunk_tokens or (1024 if device.type == "cuda" else 64)
 
     def attention_on(self, device: torch.device) -> Literal["sdpa", "varlen"]:
         """Return which attention runs on this device."""
@@ -165,6 +169,8 @@ def shard(model: nn.Module, settings: ParallelSettings, world: World) -> nn.Modu
     bf16 = settings.computes_in_bf16(world.device)
     if not world.is_distributed and world.device.type == "cpu" and not bf16:
         return model.to(world.device)
+    if world.is_distributed:
+        _go_back_through_every_layer(model)
     mesh = init_device_mesh(world.device.type, (world.world_size,))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
     for layer in layers:
@@ -186,16 +192,32 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, Qwen2_5OmniDecoderLayer)]
 
 
-def _checkpoint_activations(model: nn.Module) -> None:
-    """Turn on what transformers' layers, decoder and towers, have for it; the modules keep their names."""
+def _thinker_of(model: nn.Module) -> Any:
+    """Return transformers' model inside, whose first module it is."""
     from transformers import PreTrainedModel
 
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and module.supports_gradient_checkpointing:
-            module.activation_checkpointing_enable({"use_reentrant": False})
-            # That is for the reentrant kind; here it would only make gradients for frozen embeddings.
-            module.disable_input_require_grads()
-            return
+    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+
+
+def _checkpoint_activations(model: nn.Module) -> None:
+    """Turn on what transformers' layers, decoder and towers, have for it; the modules keep their names."""
+    thinker = _thinker_of(model)
+    thinker.activation_checkpointing_enable({"use_reentrant": False})
+    # That is for the reentrant kind; here it would only make gradients for frozen embeddings.
+    thinker.disable_input_require_grads()
+
+
+def _go_back_through_every_layer(model: nn.Module) -> None:
+    """Let every rank's backward pass go through the same layers, whether its batch has media or not.
+
+    Where a tower trains under frozen embeddings, the layers' input needs a gradient if media went into it, and else not. A
+    rank without media would leave out layers whose weights the others gather together in the backward pass, or sum up
+    gradients in another order: both wait for ever.
+    """
+    thinker = _thinker_of(model)
+    towers = (thinker.model.audio_tower, thinker.model.visual)
+    if any(parameter.requires_grad for tower in towers for parameter in tower.parameters()):
+        thinker.enable_input_require_grads()
 
 
 def all_sum(values: Sequence[float] | Tensor, world: World) -> Any:
@@ -224,3 +246,9 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None, w
     if max_norm is not None:
         nn.utils.clip_grads_with_norm_(with_gradient, max_norm, norm)
     return float(norm)
+
+
+def barrier(world: World) -> None:
+    """Wait until all ranks are here."""
+    if world.is_distributed:
+        dist.barrier()
