@@ -1,11 +1,7 @@
 """The stream in torch: the same order for any number of ranks and workers, and exactly on from where it was."""
 
-import os
 import pickle
 import shutil
-import subprocess
-import sys
-from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -20,44 +16,18 @@ from omniprep.stream.batch import pack
 from omniprep.stream.catalog import read_catalog
 from omniprep.stream.curriculum import Curriculum, Stage
 from omniprep.stream.dataset import StreamingDataset
-from omniprep.stream.plan import Blended, Plan, PlanConfig
+from omniprep.stream.plan import Blended, Plan
 from omniprep.stream.reader import RecordReader
 from omniprep.stream.shard_cache import ShardCache
 from tests.benchmarks.stream_corpus import write_dataset
 from tests.s3_server import S3, s3  # noqa: F401
-from tests.shards.builders import media_sample, preference_sample, text_sample
+from tests.shards.builders import preference_sample
+from tests.stream.streams import CONFIG, loader, stream
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),
     pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning"),  # torchdata 0.11 with torch 2.12
 ]
-CONFIG = PlanConfig(max_tokens=64, global_batch_size=24, window_samples=100, seed=7)
-NAMES = ("chat", "speech", "film")
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
-    """Three datasets with their weights: text of many lengths, and two with media."""
-    root = tmp_path_factory.mktemp("stream")
-    for name, count in zip(NAMES, (400, 120, 90), strict=True):
-        samples = (
-            replace(text_sample(f"{name}-{number:08d}", 3 + number * 7 % 40), source=name)
-            if name == "chat" or number % 2
-            else media_sample(f"{name}-{number:08d}", source=name)
-            for number in range(count)
-        )
-        write_dataset(root / name, samples, max_shard_bytes=150_000)
-    return {str(root / name): weight for name, weight in zip(NAMES, (0.6, 0.25, 0.15), strict=True)}
-
-
-def stream(folders: Any, rank: int = 0, world_size: int = 1, config: PlanConfig = CONFIG, **options: Any) -> StreamingDataset:
-    return StreamingDataset(folders, config, rank=rank, world_size=world_size, **options)
-
-
-def loader(dataset: StreamingDataset, num_workers: int) -> DataLoader:
-    return DataLoader(dataset, batch_size=None, num_workers=num_workers)
-
-
 Steps = list[list[tuple[str, ...]]]
 
 
@@ -427,108 +397,3 @@ def test_shards_are_listed_as_far_as_they_are_asked_for(folders, monkeypatch: py
     assert next(bins) == 10
     next(bins)
     assert len({next(shards) for _ in range(3)}) == 3
-
-
-RANKS = """
-import sys, torch.distributed as dist
-from torch.utils.data import DataLoader
-from omniprep.stream.dataset import StreamingDataset
-from omniprep.stream.plan import PlanConfig
-rank, folder, way = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-dataset = StreamingDataset(folder, PlanConfig(max_tokens=64, global_batch_size=4))   # before there are ranks
-dist.init_process_group("gloo", init_method="file://" + sys.argv[4], rank=rank, world_size=2)
-"""
-WAYS = {
-    "plain": "loader = DataLoader(dataset, batch_size=None, num_workers=int(sys.argv[5]))",
-    "spawned": """
-loader = DataLoader(dataset, batch_size=None, num_workers=int(sys.argv[5]), multiprocessing_context="spawn")
-""",
-    "not prepared": """
-from accelerate import Accelerator
-from accelerate.utils import send_to_device
-accelerator = Accelerator(cpu=True)
-loader = (send_to_device(b, accelerator.device) for b in DataLoader(dataset, batch_size=None, num_workers=int(sys.argv[5])))
-""",
-    "sharded": """
-from accelerate import Accelerator, DataLoaderConfiguration
-accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(dispatch_batches=False))
-loader = DataLoader(dataset, batch_size=1, collate_fn=lambda items: items[0], num_workers=int(sys.argv[5]))
-loader = accelerator.prepare(loader)
-""",
-    "dispatched": """
-from accelerate import Accelerator
-loader = Accelerator(cpu=True).prepare(DataLoader(dataset, batch_size=None, num_workers=int(sys.argv[5])))
-""",
-}
-"""How a trainer gets its batches."""
-
-
-def launched(rank: int) -> dict[str, str]:
-    """Return what torchrun says to a process; the port is not used."""
-    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-
-
-def run_ranks(folder: str, way: str, num_workers: int, tmp_path: Path) -> list[tuple[int, list[str], str]]:
-    """Return exit code, keys and standard error of two ranks. One that fails leaves the other waiting, which is ended."""
-    code = RANKS + WAYS[way] + '\nfor batch in loader: print(*batch["keys"])\ndist.destroy_process_group()\n'
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(rank), folder, way, str(tmp_path / "meeting"), str(num_workers)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | ({} if way in ("plain", "spawned") else launched(rank)),
-        )
-        for rank in range(2)
-    ]
-    told = [run.communicate(timeout=180) for run in runs]
-    return [(run.returncode, out.split(), errors) for run, (out, errors) in zip(runs, told, strict=True)]
-
-
-@pytest.mark.parametrize(
-    ("way", "num_workers"), [("plain", 0), ("plain", 2), ("spawned", 1), ("not prepared", 0), ("not prepared", 2)]
-)
-def test_ranks_that_come_up_later_are_found(folders, tmp_path: Path, num_workers: int, way: str) -> None:
-    """As under Lightning, where datasets are made before the process group is."""
-    if way == "not prepared":
-        pytest.importorskip("accelerate")
-    (first, keys, errors), (second, other_keys, _) = run_ranks(next(iter(folders)), way, num_workers, tmp_path)
-    assert (first, second) == (0, 0), errors
-    assert len(keys) + len(other_keys) == len({*keys, *other_keys}) == 400
-
-
-@pytest.mark.parametrize(
-    ("way", "said"), [("sharded", "leave the loader out of accelerator.prepare()"), ("dispatched", "TypeError")]
-)
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_accelerate_may_not_split_the_stream_again(folders, tmp_path: Path, way: str, said: str, num_workers: int) -> None:
-    """Where it takes a loader apart it fails by itself; where it would silently drop samples, the stream refuses."""
-    pytest.importorskip("accelerate")
-    runs = run_ranks(next(iter(folders)), way, num_workers, tmp_path)
-    assert all(code for code, _, _ in runs)
-    assert said in runs[0][2]
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")  # its own, of torch
-def test_lightning_trains_on_it(folders) -> None:
-    lightning = pytest.importorskip("lightning.pytorch")
-
-    class Watching(lightning.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.zeros(1))
-            self.keys: list[tuple[str, ...]] = []
-
-        def training_step(self, batch: dict[str, Any], number: int) -> torch.Tensor:
-            self.keys.append(tuple(batch["keys"]))
-            return (self.weight * batch["num_supervised"]).sum()
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    model, dataset = Watching(), stream(folders)
-    trainer = lightning.Trainer(max_epochs=2, accelerator="cpu", barebones=False, **quiet)
-    trainer.fit(model, DataLoader(dataset, batch_size=None))
-    alone = stream(folders)
-    assert model.keys == [tuple(batch["keys"]) for _ in range(2) for batch in alone]
