@@ -1,5 +1,6 @@
 """Attention by borders of documents gives what transformers' own gives, in the language model and in both towers."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,12 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from omniprep.stream.batch import pack, pad
+from tests.stream.model_records import SMALL, ask, encode, prefer, stored
 from tests.train.batches import MIX, batch_of
 
 pytestmark = pytest.mark.reference
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from omniprep.stream.dataset import to_torch  # noqa: E402
 from omniprep.train.attention import document_borders, use_attention, uses_varlen, varlen_attention  # noqa: E402
 from omniprep.train.forward import TrainableThinker  # noqa: E402
 from omniprep.train.model import ModelSettings, load_thinker, parameters_of  # noqa: E402
@@ -123,3 +126,20 @@ def test_a_call_without_borders_and_dropout_are_refused(model: Any) -> None:
         varlen_attention(None, tensor, tensor, tensor, None)
     with pytest.raises(ValueError, match="dropout"):
         varlen_attention(None, tensor, tensor, tensor, None, dropout=0.1, cu_seq_lens_q=torch.tensor([0, 2]), max_length_q=2)
+
+
+@pytest.mark.media
+def test_varlen_is_sdpa_on_real_media(model: Any, samples: Path) -> None:
+    data = samples / "llamafactory" / "data" / "mllm_demo_data"
+    files = {name: (data / name).read_bytes() for name in ("1.mp4", "2.wav", "1.jpg")}
+    film = {"type": "video", "video": "1.mp4", "fps": 1.0, "max_frames": 4, **SMALL}
+    rows = [ask(film), ask({"type": "audio", "audio": "2.wav"}), prefer({"type": "image", "image": "1.jpg", **SMALL})]
+    batch = to_torch(pack([stored(encode(row, str(number), files))[0] for number, row in enumerate(rows)]))
+    losses = {}
+    for name in ("sdpa", "varlen"):
+        use_attention(model.thinker, name)
+        with torch.no_grad():
+            losses[name] = model(batch["inputs"], batch["shift_labels"])
+    use_attention(model.thinker, "sdpa")
+    assert len(losses["sdpa"]) == batch["num_supervised"] > 20
+    assert (losses["sdpa"] - losses["varlen"]).abs().max() < TOLERANCE
