@@ -44,7 +44,7 @@ class ParallelSettings(Config):
     compile: bool = False
     """Compile every decoder layer; the first steps take minutes."""
     attention: Literal["auto", "sdpa", "varlen"] = "auto"
-    """`varlen` is told where documents end and never builds an L x L mask; auto: `varlen` on CUDA, else `sdpa`."""
+    """`varlen` is told where documents end and never builds an L x L mask; `sdpa` is transformers' default. auto: `varlen`."""
     loss_chunk_tokens: int | None = Field(default=None, ge=1)
     """Rows of logits that are alive at a time. None: 1,024 on CUDA, 64 on a CPU, whose cache then holds them."""
     reshard_after_forward: bool = True
@@ -58,11 +58,10 @@ class ParallelSettings(Config):
         """Return how many rows of logits are alive at a time on this device."""
         return self.loss_chunk_tokens or (1024 if device.type == "cuda" else 64)
 
-    def attention_on(self, device: torch.device) -> Literal["sdpa", "varlen"]:
-        """Return which attention runs on this device."""
-        if self.attention == "auto":
-            return "varlen" if device.type == "cuda" else "sdpa"
-        return self.attention
+    @property
+    def chosen_attention(self) -> Literal["sdpa", "varlen"]:
+        """Return which attention runs."""
+        return "varlen" if self.attention == "auto" else self.attention
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -112,7 +112,7 @@ class PhaseRun:
     def placed(self, thinker: Any, *, learns: bool) -> TrainableThinker:
         """Return a Thinker, wrapped and spread over the ranks; weights that do not learn are kept as they compute."""
         parallel, device = self.recipe.parallel, self.world.device
-        use_attention(thinker, parallel.attention_on(device))
+        use_attention(thinker, parallel.chosen_attention)
         if not learns:
             thinker.requires_grad_(False)
         if parallel.computes_in_bf16(device):
