@@ -184,6 +184,10 @@ def npy_header(descr: str, shape: tuple[int, ...]) -> bytes:
     return b"\x93NUMPY\x01\x00" + len(body).to_bytes(2, "little") + body
 
 
+NPY_HEADER_BYTES = len(npy_header("<i4", (NUM_TOKEN_ROWS, 1)))
+"""The same for every shape that fits a tar: numpy leaves room for the first axis and aligns to 64 bytes."""
+
+
 def _layout_bytes(layout: Layout) -> bytes:
     stacked = np.empty((NUM_TOKEN_ROWS, layout.num_tokens), np.int32)
     stacked[0], stacked[1], stacked[2:] = layout.input_ids, layout.labels, layout.position_ids

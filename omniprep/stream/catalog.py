@@ -15,7 +15,7 @@ import numpy as np
 from omniprep.errors import ConfigError, DatasetError
 from omniprep.shards.index import COLUMNS, read_index_table
 from omniprep.shards.manifest import Manifest, ShardInfo, read_manifest
-from omniprep.shards.members import SEQUENCES, MemberFormat, SampleKind, npy_header
+from omniprep.shards.members import NPY_HEADER_BYTES, NUM_TOKEN_ROWS, SEQUENCES, MemberFormat, SampleKind, sequence_member
 from omniprep.storage.folder import Folder, Place, as_folder
 from omniprep.types import Int32Array, Int64Array
 
@@ -25,9 +25,8 @@ if TYPE_CHECKING:
 _LENGTHS = ("num_tokens", "num_mel_frames", "num_patches")
 _THREADS = 8
 """Indices read at a time: an object store takes tens of milliseconds to answer."""
-_TOKEN_BYTES = 5 * 4
-"""Of one token in a member of tokens: five rows of int32."""
-_HEADER_BYTES = len(npy_header("<i4", (5, 1)))
+_TOKEN_BYTES = NUM_TOKEN_ROWS * 4
+"""Of one token in a member of tokens: rows of int32."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -146,8 +145,8 @@ def _longest(table: "pa.Table", num_tokens: Int32Array, form: MemberFormat, shar
     flat = np.from_dlpack(sizes.flatten())
     if len(flat) != len(num_tokens) * len(form.names):
         raise DatasetError(f"{shard.index_name}: not an OmniPrep index: member_sizes holds other values than it should")
-    members = [form.names.index(f"{name}.npy") for name in SEQUENCES[form.kind]]
-    lengths = (flat.reshape(-1, len(form.names))[:, members] - _HEADER_BYTES) // _TOKEN_BYTES
+    members = [form.names.index(sequence_member(name)) for name in SEQUENCES[form.kind]]
+    lengths = (flat.reshape(-1, len(form.names))[:, members] - NPY_HEADER_BYTES) // _TOKEN_BYTES
     if not np.array_equal(lengths.sum(1), num_tokens):
         raise DatasetError(f"{shard.index_name}: a damaged index: num_tokens disagrees with the sizes of the members")
     longest: Int32Array = lengths.max(1).astype(np.int32)

@@ -209,9 +209,9 @@ class StreamingDataset(IterableDataset[TorchBatch]):  # type: ignore[misc]
         worker, position = _worker(), self._position
         start = position.begin(worker)
         plan = self._plan_of(start.epoch)
-        number, stride = worker or (0, 1)
+        offset, stride = worker or (0, 1)
         num_bins = self._num_bins(plan)
-        numbers = range(start.bin + (0 if start.of_worker else number), num_bins, stride)
+        numbers = range(start.bin + (0 if start.of_worker else offset), num_bins, stride)
         with closing(self._batches(plan, numbers)) as batches:
             for number, batch in batches:
                 # Of a worker, its own next bin, for StatefulDataLoader asks each; with the batch goes the rank's.
@@ -229,8 +229,8 @@ class StreamingDataset(IterableDataset[TorchBatch]):  # type: ignore[misc]
         reader = RecordReader([dataset.catalog for dataset in plan.datasets], cache=cache, max_corrupt=self._max_corrupt)
         decoder = PictureDecoder(profile=self.profile)  # in the thread that makes the batch: there are enough of those
         try:
-            reader.prefetch(shards_of(plan, map(self._bins(plan), numbers)))
-            bin_of = self._bins(plan)
+            reader.prefetch(shards_of(plan, map(self._bin_of(plan), numbers)))
+            bin_of = self._bin_of(plan)
             yield from ahead(
                 lambda number: (number, self._make(reader, decoder, plan, bin_of(number))),
                 numbers,
@@ -241,7 +241,7 @@ class StreamingDataset(IterableDataset[TorchBatch]):  # type: ignore[misc]
             reader.close()
             decoder.close()
 
-    def _bins(self, plan: Plan) -> Callable[[int], int]:
+    def _bin_of(self, plan: Plan) -> Callable[[int], int]:
         """Return a function that tells the bin of one of this rank's batches; it is quick for neighbours."""
         ranks, per_step = self.ranks, self._bins_a_step(plan)
         bins_of = lru_cache(maxsize=64)(partial(plan.bins_of, rank=ranks.rank, world_size=ranks.world_size))

@@ -170,7 +170,7 @@ class RecordReader:
 
     def prefetch(self, shards: Iterable[tuple[int, int]]) -> None:
         """Have the cache fetch remote shards ahead, in the order in which they will be read; what it was told before is void."""
-        if self._cache is not None:
+        if self._cache is not None and not all(isinstance(folder, LocalFolder) for folder in self._folders):
             infos = ((self._folders[dataset], self._catalogs[dataset].shards[at]) for dataset, at in shards)
             self._cache.prefetch((folder, shard) for folder, shard in infos if not isinstance(folder, LocalFolder))
 

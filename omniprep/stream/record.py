@@ -25,6 +25,7 @@ from omniprep.shards.members import (
     FRAMES,
     JSON,
     MEL,
+    NPY_HEADER_BYTES,
     NUM_TOKEN_ROWS,
     SEQUENCES,
     MemberFormat,
@@ -36,9 +37,6 @@ from omniprep.shards.members import (
 from omniprep.types import FrameFormat, Int32Array
 
 MelArray = npt.NDArray[np.float16] | npt.NDArray[np.float32]
-
-_NPY_HEADER_BYTES = len(npy_header("<i4", (NUM_TOKEN_ROWS, 1)))
-"""The same for every shape that fits a tar: numpy leaves room for the first axis and aligns to 64 bytes."""
 
 
 class AudioItem(NamedTuple):
@@ -159,9 +157,9 @@ def view_record(
     mel = view_npy(buffer, start, size, dtype=places.mel_dtype, num_rows=QWEN2_5_OMNI.num_mel_bins, name=MEL)
     start, size = spans[places.frames]
     if places.form.frame_format == "raw":
-        num_bytes = max(size - _NPY_HEADER_BYTES, 0)
+        num_bytes = max(size - NPY_HEADER_BYTES, 0)
         _check_npy(buffer[start : start + size], npy_header("|u1", (num_bytes,)), num_bytes, FRAMES["raw"])
-        start, size = start + _NPY_HEADER_BYTES, num_bytes
+        start, size = start + NPY_HEADER_BYTES, num_bytes
     json_start, json_size = spans[places.json]
     return Record(
         key,
@@ -188,10 +186,10 @@ def view_npy(
 
     Raises `DatasetError` unless its header is the one of that array.
     """
-    num_columns = max(size - _NPY_HEADER_BYTES, 0) // (num_rows * dtype.itemsize)
+    num_columns = max(size - NPY_HEADER_BYTES, 0) // (num_rows * dtype.itemsize)
     header = _npy_header(dtype.str, (num_rows, num_columns))
     _check_npy(buffer[start : start + size], header, num_columns * num_rows * dtype.itemsize, name)
-    return np.ndarray((num_rows, num_columns), dtype, buffer, start + _NPY_HEADER_BYTES)
+    return np.ndarray((num_rows, num_columns), dtype, buffer, start + NPY_HEADER_BYTES)
 
 
 @lru_cache(maxsize=1 << 14)
