@@ -101,7 +101,7 @@ def _memory(recipe: TrainRecipe, phase: Phase, config: Any, world_size: int) -> 
         bf16=parallel.bf16 is not False,
         activation_checkpointing=parallel.activation_checkpointing,
         reshard_after_forward=parallel.reshard_after_forward,
-        loss_chunk_tokens=parallel.loss_chunk_tokens or 1024,
+        loss_chunk_tokens=parallel.loss_chunk_tokens,
         world_size=world_size,
         num_references=int(recipe.objective == "dpo" and recipe.dpo.reference == "copy"),
     )

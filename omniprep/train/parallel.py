@@ -45,18 +45,14 @@ class ParallelSettings(Config):
     """Compile every decoder layer; the first steps take minutes."""
     attention: Literal["auto", "sdpa", "varlen"] = "auto"
     """`varlen` is told where documents end and never builds an L x L mask; `sdpa` is transformers' default. auto: `varlen`."""
-    loss_chunk_tokens: int | None = Field(default=None, ge=1)
-    """Rows of logits that are alive at a time. None: 1,024 on CUDA, 64 on a CPU, whose cache then holds them."""
+    loss_chunk_tokens: int = Field(default=1024, ge=1)
+    """Rows of logits that are alive at a time."""
     reshard_after_forward: bool = True
     """Let go of a layer's gathered weights between its forward and its backward pass; False: faster, and more memory."""
 
     def computes_in_bf16(self, device: torch.device) -> bool:
         """Return whether matrices are multiplied in bfloat16 on this device."""
         return device.type == "cuda" if self.bf16 is None else self.bf16
-
-    def chunk_tokens_on(self, device: torch.device) -> int:
-        """Return how many rows of logits are alive at a time on this device."""
-        return self.loss_chunk_tokens or (1024 if device.type == "cuda" else 64)
 
     @property
     def chosen_attention(self) -> Literal["sdpa", "varlen"]:
@@ -153,12 +149,8 @@ def shard(model: nn.Module, settings: ParallelSettings, world: World) -> nn.Modu
 
     What trains becomes float32; what is frozen keeps its type. One CPU process that computes in float32 is left unwrapped;
     on a GPU even one process is wrapped, for FSDP is what keeps float32 weights beside the bfloat16 that computes. All
-    calls must go through `model(...)` itself. Optimizers are made after this. Raises `ConfigError` as `world` does not.
+    calls must go through `model(...)` itself. What trains is settled before this, and optimizers are made after it.
     """
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad and parameter.dtype != torch.float32:
-                parameter.data = parameter.data.float()
     if settings.activation_checkpointing:
         _checkpoint_activations(model)
     layers = decoder_layers(model)
@@ -167,13 +159,16 @@ def shard(model: nn.Module, settings: ParallelSettings, world: World) -> nn.Modu
             layer.compile(dynamic=True)
     bf16 = settings.computes_in_bf16(world.device)
     if not world.is_distributed and world.device.type == "cpu" and not bf16:
-        return model.to(world.device)
+        _to_float32(model)
+        return model
     if world.is_distributed:
         _go_back_through_every_layer(model)
     mesh = init_device_mesh(world.device.type, (world.world_size,))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
     for layer in layers:
+        _to_float32(layer)  # one after another: the whole model in float32 need not fit into a process
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=settings.reshard_after_forward)
+    _to_float32(model)
     # The root's weights are needed again as soon as the backward pass begins.
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for unit in model.modules():
@@ -182,6 +177,13 @@ def shard(model: nn.Module, settings: ParallelSettings, world: World) -> nn.Modu
             # Else the factor is multiplied inside the collective, which gloo cannot do; times 1 there is nothing to do.
             unit.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def _to_float32(module: nn.Module) -> None:
+    """Store what trains in float32: updates are smaller than bfloat16 can add to a weight."""
+    for parameter in module.parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:

@@ -117,7 +117,7 @@ class PhaseRun:
             thinker.requires_grad_(False)
         if parallel.computes_in_bf16(device):
             _keep_frozen_in(thinker, torch.bfloat16)
-        model = TrainableThinker(thinker, loss_chunk_tokens=parallel.chunk_tokens_on(device))
+        model = TrainableThinker(thinker, loss_chunk_tokens=parallel.loss_chunk_tokens)
         shard(model, parallel, self.world)
         return model
 

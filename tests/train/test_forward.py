@@ -17,8 +17,9 @@ pytestmark = pytest.mark.reference
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from omniprep.train import forward  # noqa: E402
 from omniprep.train.forward import TrainableThinker, nothing_of  # noqa: E402
-from omniprep.train.loss import document_sums, documents_of  # noqa: E402
+from omniprep.train.loss import document_sums, documents_of, token_losses  # noqa: E402
 from omniprep.train.model import ModelSettings, load_thinker, parameters_of, train_only  # noqa: E402
 
 TOLERANCE = 1e-5
@@ -145,13 +146,16 @@ def test_a_weight_that_is_not_used_does_not_spoil_the_losses() -> None:
     assert half.grad.tolist() == [0, 0, 0]
 
 
-def test_only_supervised_rows_go_through_the_head(model: Any) -> None:
+def test_only_supervised_rows_go_through_the_head(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     batch, rows = batch_of("mixed", "text"), []
-    handle = model.thinker.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[0]))
+
+    def watched(hidden: Any, head: Any, targets: Any, *, chunk_tokens: int) -> Any:
+        rows.append((len(hidden), chunk_tokens))
+        return token_losses(hidden, head, targets, chunk_tokens=chunk_tokens)
+
+    monkeypatch.setattr(forward, "token_losses", watched)
     call(model, batch)
-    handle.remove()
-    assert sum(rows) == batch["num_supervised"]
-    assert max(rows) <= model.loss_chunk_tokens
+    assert rows == [(batch["num_supervised"], model.loss_chunk_tokens)]
 
 
 def test_a_cache_is_never_made_even_if_the_batch_asks_for_one(model: Any) -> None:

@@ -49,29 +49,47 @@ def test_losses_and_gradients_are_those_of_plain_cross_entropy(num_tokens: int, 
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
-def rows_of_logits_kept(compute: Any) -> list[int]:
-    """Return the rows of each tensor of logits that is kept for the gradients."""
-    kept: list[int] = []
+def largest_logits(compute: Any) -> int:
+    """Return the most rows of logits that any operation gave."""
+    rows = [0]
 
-    def pack_hook(tensor: Any) -> Any:
-        if tensor.shape[1:] == (WORDS,) and tensor.shape[0] != HIDDEN:  # that is the head's weight
-            kept.append(tensor.shape[0])
-        return tensor
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = function(*args, **(kwargs or {}))
+            for tensor in torch.utils._pytree.tree_leaves(out):
+                if isinstance(tensor, torch.Tensor) and tensor.ndim == 2 and tensor.shape[1] == WORDS:
+                    rows.append(tensor.shape[0])
+            return out
 
-    with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda tensor: tensor):
+    with Watch():
         compute()
-    return kept
+    return max(rows)
 
 
-def test_no_logits_are_kept_and_few_are_made_at_a_time() -> None:
+def test_logits_of_one_chunk_live_at_a_time() -> None:
     hidden, head, targets = problem(num_tokens=20)
-    made: list[int] = []
-    head.register_forward_hook(lambda module, inputs, output: made.append(output.shape[0]))
-    plain = rows_of_logits_kept(lambda: torch.nn.functional.cross_entropy(head(hidden), targets))
-    assert set(plain) == {20}  # what the hook would see
-    made.clear()
-    assert rows_of_logits_kept(lambda: token_losses(hidden, head, targets, chunk_tokens=8)) == []
-    assert made == [8, 8, 4]
+    assert largest_logits(lambda: torch.nn.functional.cross_entropy(head(hidden), targets).backward()) == 20
+    assert largest_logits(lambda: token_losses(hidden, head, targets, chunk_tokens=8).sum().backward()) == 8
+
+
+def test_the_heads_gradient_is_summed_in_float32() -> None:
+    """300 equal gradients, each far below half a unit in the last place of what bfloat16 would have summed up before."""
+    hidden = torch.ones(300, HIDDEN, dtype=torch.bfloat16)
+    head = torch.nn.Linear(HIDDEN, WORDS, bias=False).bfloat16()
+    torch.nn.init.zeros_(head.weight)
+    token_losses(hidden, head, torch.zeros(300, dtype=torch.int64), chunk_tokens=1).sum().backward()
+    torch.testing.assert_close(head.weight.grad[1].float(), torch.full((HIDDEN,), 300 / WORDS), rtol=2**-8, atol=0)
+
+
+def test_a_frozen_head_and_a_frozen_model_have_no_gradients() -> None:
+    hidden, head, targets = problem(num_tokens=5)
+    head.requires_grad_(False)
+    token_losses(hidden, head, targets, chunk_tokens=2).sum().backward()
+    assert head.weight.grad is None
+    assert hidden.grad is not None
+    hidden, head, targets = problem(num_tokens=5)
+    token_losses(hidden.detach(), head, targets, chunk_tokens=2).sum().backward()
+    assert head.weight.grad is not None
 
 
 def test_half_precision_weights_give_float32_losses() -> None:

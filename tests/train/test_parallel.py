@@ -34,6 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     "kept gathered": {"per_rank": [MEDIA, TEXT], "settings": ParallelSettings(reshard_after_forward=False)},
     # What is frozen needs no backward pass on a rank without media, but the others wait for it there.
     "frozen language model": {"per_rank": [TEXT, MEDIA], "names": ("audio_adapter", "vision_adapter")},
+    "LoRA": {"per_rank": [TEXT, MEDIA], "names": ("lora", "language_model", "audio_adapter")},
     "frozen embeddings": {"per_rank": [MEDIA, TEXT], "names": ("audio_encoder", "vision_adapter", "layers")},
 }
 
@@ -77,11 +78,23 @@ def test_one_and_two_ranks_have_the_same_losses_step_by_step() -> None:
     assert one[-1] < one[0] - 1
 
 
+def frozen_losses(here: World) -> list[list[float]]:
+    """Ask a model in which nothing trains, as a reference is, once sharded and once whole."""
+    batch = batch_of(*(TEXT, MEDIA)[here.rank])
+    with torch.no_grad():
+        return [model(*batch).tolist() for model in (shard(trainable(names=()), ParallelSettings(), here), trainable(names=()))]
+
+
+def test_a_frozen_model_answers_sharded_as_it_does_whole() -> None:
+    for sharded, whole in run_ranks(frozen_losses, 2):
+        assert sharded == pytest.approx(whole, rel=1e-6)
+
+
 def bf16_step(here: World) -> dict[str, Any]:
     """Take a step in bfloat16 with a frozen part that is stored in it."""
     model = shard(trainable(names=("language_model", "audio_adapter"), dtype=torch.bfloat16), ParallelSettings(bf16=True), here)
     seen = []
-    model.thinker.lm_head.register_forward_pre_hook(lambda _module, given: seen.append(given[0].dtype))
+    model.thinker.model.language_model.norm.register_forward_hook(lambda _module, _given, out: seen.append(out.dtype))
     optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=1e-2)
     losses = []
     for _ in range(2):
@@ -178,8 +191,8 @@ def test_what_runs_where_is_settled_by_the_device() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     settings = ParallelSettings()
     assert (settings.computes_in_bf16(cpu), settings.computes_in_bf16(gpu)) == (False, True)
-    assert (settings.attention_on(cpu), settings.attention_on(gpu)) == ("sdpa", "varlen")
-    assert ParallelSettings(attention="varlen", bf16=True).attention_on(cpu) == "varlen"
+    assert settings.chosen_attention == "varlen"
+    assert ParallelSettings(attention="sdpa").chosen_attention == "sdpa"
     assert ParallelSettings(bf16=True).computes_in_bf16(cpu)
 
 
