@@ -1,5 +1,6 @@
 """Commands that train models on datasets."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -32,6 +33,12 @@ def train_thinker(
         Optional[int],  # noqa: UP045
         typer.Option(min=1, help="Train in so many workers of Ray Train instead of in this process."),
     ] = None,
+    gpus: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option(
+            "--gpus/--no-gpus", help="Whether each worker of Ray gets a GPU; default: on a cluster, or if there is one."
+        ),
+    ] = None,
     address: AddressOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -51,23 +58,31 @@ def train_thinker(
         loaded = load_train_recipe(recipe, changes=dict(map(parse_change, changes or ())))
         if dry_run:
             found = dry.dry_run(loaded)
-            if as_json:
-                show_json(found.model_dump(mode="json"))
-            else:
-                show_rich(dry.describe_dry_run(found))
+            if _prints():
+                show_json(found.model_dump(mode="json")) if as_json else show_rich(dry.describe_dry_run(found))
             return
         try:
             if ray_workers is not None:
-                results = thinker.train_in_ray(loaded, num_workers=ray_workers, address=address, overwrite=overwrite)
+                from omniprep.train.on_ray import train_in_ray
+
+                results = train_in_ray(loaded, num_workers=ray_workers, use_gpu=gpus, address=address, overwrite=overwrite)
             else:
                 results = thinker.train(loaded, overwrite=overwrite)
         except Stopped as stopped:
-            say(str(stopped))
+            if _prints():
+                say(str(stopped))
             raise typer.Exit(128 + stopped.signal) from None
         except KeyboardInterrupt:
             say("interrupted in the middle of a step; checkpoints are kept, the same command goes on from the last one")
             raise typer.Exit(EXIT_INTERRUPTED) from None
+        if not _prints():
+            return
         if as_json:
             show_json(results)
         else:
             show("\n".join(thinker.describe_result(result) for result in results))
+
+
+def _prints() -> bool:
+    """Return whether this is the process of torchrun's that speaks for all, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
