@@ -56,6 +56,7 @@ class CheckpointSettings(Config):
     every_steps: int | None = Field(default=500, ge=1)
     """None: only at the end."""
     keep_last: int = Field(default=2, ge=1)
+    """The disk needs room for one more: an old one goes when the new one is complete."""
     keep_best: bool = True
     """Keep the one of the lowest validation loss beside the last ones."""
     asynchronous: bool = False

@@ -10,6 +10,7 @@ import torch
 
 from omniprep.stream.batch import Batch, pack
 from omniprep.train.forward import TrainableThinker
+from omniprep.train.lora import LoraSettings, add_lora
 from omniprep.train.model import train_only
 from omniprep.train.parallel import ParallelSettings, World, all_sum, clip_gradients, shard
 from omniprep.train.tiny import tiny_thinker
@@ -39,7 +40,13 @@ def _thinker(seed: int) -> Any:
 def trainable(seed: int = 3, *, names: Sequence[Any] = ALL, dtype: torch.dtype = torch.float32) -> TrainableThinker:
     """Return a tiny Thinker in which the named modules train; `dtype` is of what does not."""
     thinker = copy.deepcopy(_thinker(seed))
-    train_only(thinker, [name for name in names if name != "layers"])
+    torch.manual_seed(seed)
+    if "lora" in names:
+        add_lora(thinker, LoraSettings(rank=2))
+        for name, parameter in thinker.named_parameters():
+            if "lora_B" in name:  # which are zeros, and would leave the others without a gradient
+                torch.nn.init.constant_(parameter, 0.01)
+    train_only(thinker, [name for name in names if name in ALL])
     if "layers" in names:
         thinker.model.language_model.layers.requires_grad_(True)
     for parameter in thinker.parameters():

@@ -341,6 +341,30 @@ def reload(here: World, folder: Path, step: int) -> str:
     return digest(model, optimizer)
 
 
+def save_and_load_adapters(here: World, folder: Path) -> tuple[str, str, str]:
+    """Train adapters for a step and save only them; return digests of what was saved, what was there, and what came."""
+    checkpoints = Checkpoints(folder, CheckpointSettings(save_frozen=False), here)
+    found = []
+    for is_saving in (True, False):
+        model = shard(trainable(names=("lora", "language_model")), ParallelSettings(), here)
+        optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=1e-2)
+        if is_saving:
+            model(*batch_of("text")).mean().backward()
+            optimizer.step()
+            checkpoints.save(1, model=model, optimizer=optimizer, progress={})
+        else:
+            found.append(digest(model, optimizer))
+            checkpoints.load(folder / "step-00000001", model=model, optimizer=optimizer)
+        found.append(digest(model, optimizer))
+    return found[0], found[1], found[2]
+
+
+def test_adapters_alone_are_a_small_checkpoint_of_sharded_ranks(tmp_path: Path) -> None:
+    for saved, before, loaded in run_ranks(save_and_load_adapters, 2, tmp_path / "c"):
+        assert saved == loaded != before
+    assert sum(path.stat().st_size for path in (tmp_path / "c").rglob("*") if path.is_file()) < 1_000_000
+
+
 def many_steps(here: World, folder: Path, spans: list[tuple[int, int, bool]]) -> list[tuple[list[float], str]]:
     return [train(here, folder, first=first, last=last, asynchronous=background) for first, last, background in spans]
 

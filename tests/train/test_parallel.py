@@ -72,7 +72,7 @@ def losses_of_steps(here: World, num_steps: int) -> list[float]:
 
 
 def test_one_and_two_ranks_have_the_same_losses_step_by_step() -> None:
-    one, two = run_ranks(losses_of_steps, 1, 5)[0], run_ranks(losses_of_steps, 2, 5)
+    one, two = run_ranks(losses_of_steps, 1, 4)[0], run_ranks(losses_of_steps, 2, 4)
     assert two[0] == two[1]
     assert two[0] == pytest.approx(one, rel=1e-5)
     assert one[-1] < one[0] - 1
