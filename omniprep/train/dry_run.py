@@ -61,10 +61,10 @@ def dry_run(recipe: TrainRecipe, *, profile: ModelProfile = QWEN2_5_OMNI) -> Dry
     config = config_of(recipe.model, profile=profile)
     check_context(config, recipe.data.plan.max_tokens)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    weights = {place: weight for place, weight in recipe.data.datasets.items() if weight is not None}
     stream = StreamingDataset(
-        weights or list(recipe.data.datasets), recipe.data.plan, split=recipe.data.split, rank=0, world_size=1, profile=profile
+        recipe.data.weighted, recipe.data.plan, split=recipe.data.split, rank=0, world_size=world_size, profile=profile
     )
+    len(stream)  # says what is wrong if a step cannot be shared out to the ranks
     plan = stream.plan
     phases, memory = [], None
     for phase in recipe.phases:

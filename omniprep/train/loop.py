@@ -5,20 +5,22 @@ stream ── micro-batches of a step ──> count ── all ranks ──> tot
                                         └──> forward, loss / total, backward ──> clip, update ──> log, validate, checkpoint
 ```
 
-Every sum is over all ranks and micro-batches and is divided once. All ranks do the same at every step: what depends on
-one of them (a signal, a wrong number) is told to the others before any acts on it.
+Every sum is over all ranks and micro-batches and is divided once. Gradients are summed over ranks after each micro-batch:
+that costs more exchanges than summing once a step, but no rank ever holds gradients of the whole model. All ranks do the
+same at every step: what depends on one of them (a signal, a wrong number) is told to the others before any acts on it.
 """
 
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from omniprep.errors import OmniPrepError
 from omniprep.stream.dataset import StreamingDataset
@@ -40,12 +42,15 @@ class Stopped(OmniPrepError):
 
     def __init__(self, step: int, number: int) -> None:
         super().__init__(f"stopped after step {step}, which is saved; the same command goes on from there")
-        self.signal = number
+        self.step, self.signal = step, number
+
+    def __reduce__(self) -> tuple[type["Stopped"], tuple[int, int]]:
+        return type(self), (self.step, self.signal)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Looped:
-    """What a phase trains, and on what. Built by `thinker.py`."""
+    """What a phase trains, and on what. Built by `phase.py`."""
 
     model: nn.Module
     """A `TrainableThinker`, sharded if there are several ranks."""
@@ -64,6 +69,18 @@ class Looped:
     checkpoint_every: int | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReadStep:
+    """The batches of a step on this rank, on the CPU."""
+
+    number: int
+    """Counted from 1."""
+    batches: Sequence[StreamBatch]
+    start_s: float
+    """When it was begun to read them."""
+    wait_s: float
+
+
 def train_loop(
     looped: Looped, *, world: World, log: RunLog, checkpoints: Checkpoints, progress: Mapping[str, Any], stop: StopRequest
 ) -> dict[str, float]:
@@ -72,47 +89,41 @@ def train_loop(
     `progress` is what the loaded checkpoint says (`step`, and `stream`, which was loaded into the stream before), or
     `{"step": 0}` with what else is to be kept. Raises `TrainingError` for a loss that is no number, `Stopped` on a signal.
     """
-    tally = Tally()
-    validation: dict[str, float] = {}
-    first = int(progress["step"])
-    for step, batches, wait_s, start_s in read_steps(looped, first=first, world=world):
-        counts = [sum(looped.objective.count(batch) for batch in batches), wait_s, stop.signal is not None]
-        total, waited_s, num_signals = all_sum(counts, world)
-        norm = _take_step(looped, step, batches, total=total, tally=tally, world=world)
-        work = _work(
-            batches, looped.flops, world=world, seconds=time.perf_counter() - start_s, wait_s=waited_s / world.world_size
-        )
-        rate = learning_rate_at(step - 1, num_steps=looped.num_steps, settings=looped.settings)
-        values = {"grad_norm": norm, "learning_rate": rate}
-        if log.is_due(step):
-            values |= tally.over_ranks(world).means()
-            tally = Tally()
-        log.step(step, values, work)
-        state = {**progress, "step": step, "stream": batches[-1]["state"]}
-        is_last = step == looped.num_steps
-        if looped.validate and (is_last or _is_due(step, looped.evaluate_every)):
-            validation = looped.validate()
-            log.event("validation", step, validation)
-        if looped.sample and (is_last or _is_due(step, looped.sample_every)):
-            for answer in looped.sample():
-                log.event("sample", step, answer)
-        if num_signals or is_last or _is_due(step, looped.checkpoint_every):
-            checkpoints.save(
-                step,
-                model=looped.model,
-                optimizer=looped.optimizer,
-                progress=state,
-                metric=validation.get("loss") if looped.validate and _is_fresh(step, looped) else None,
-            )
-        if num_signals and not is_last:
-            checkpoints.wait()
-            raise Stopped(step, stop.signal or signal.SIGTERM)
+    tally, validation = Tally(), dict(progress.get("validation", {}))
+    if progress.get("to_measure"):
+        validation = _measure(looped, int(progress["step"]), log) or validation
+    with closing(read_steps(looped, first=int(progress["step"]), world=world)) as steps:
+        for read in steps:
+            step = read.number
+            norm, work, is_asked_to_stop = _take_step(looped, read, tally=tally, world=world, stop=stop)
+            rate = learning_rate_at(step - 1, num_steps=looped.num_steps, settings=looped.settings)
+            values = {"grad_norm": norm, "learning_rate": rate}
+            if log.is_due(step):
+                values |= tally.over_ranks(world).means()
+                tally = Tally()
+            log.step(step, values, work)
+            # Who asks a process to stop may not wait for a validation: it is made up for when the run goes on.
+            measured = {} if is_asked_to_stop else _measure(looped, step, log)
+            validation = measured or validation
+            if is_asked_to_stop or _is_due(step, looped.checkpoint_every, looped):
+                state = {
+                    **progress,
+                    "step": step,
+                    "stream": read.batches[-1]["state"],
+                    "validation": {name: value for name, value in validation.items() if math.isfinite(value)},
+                    "to_measure": is_asked_to_stop,
+                }
+                metric = measured.get("loss")
+                checkpoints.save(step, model=looped.model, optimizer=looped.optimizer, progress=state, metric=metric)
+            if is_asked_to_stop:
+                checkpoints.wait()
+                raise Stopped(step, stop.signal or signal.SIGTERM)
     checkpoints.wait()
     return validation
 
 
-def read_steps(looped: Looped, *, first: int, world: World) -> Iterator[tuple[int, list[StreamBatch], float, float]]:
-    """Yield each step's number from `first + 1` on, its batches on the device, how long they were waited for, and its start.
+def read_steps(looped: Looped, *, first: int, world: World) -> Generator[ReadStep, None, None]:
+    """Yield the steps from `first + 1` on; what they hold stays on the CPU, where the next ones are made meanwhile.
 
     Epochs follow one another; a position that was loaded into the stream is where the first begins.
     """
@@ -122,11 +133,11 @@ def read_steps(looped: Looped, *, first: int, world: World) -> Iterator[tuple[in
         epoch = iter(looped.stream)
         while step < looped.num_steps:
             start_s = time.perf_counter()
-            batches = [to_device(batch, world.device) for batch in islice(epoch, per_step)]
+            batches = list(islice(epoch, per_step))
             if not batches:
                 break
             step += 1
-            yield step, batches, time.perf_counter() - start_s, start_s
+            yield ReadStep(number=step, batches=batches, start_s=start_s, wait_s=time.perf_counter() - start_s)
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> StreamBatch:
@@ -138,26 +149,57 @@ def to_device(batch: Mapping[str, Any], device: torch.device) -> StreamBatch:
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
 
-def _take_step(looped: Looped, step: int, batches: list[StreamBatch], *, total: float, tally: Tally, world: World) -> float:
-    """Forward, backward, update; return the norm of the gradient before it was clipped. Without a target nothing is updated."""
-    wrong: list[str] = []
-    for batch in batches:
-        losses = looped.model(batch["inputs"], batch["shift_labels"])
-        loss = looped.objective.loss(losses, batch, tally)
-        if not math.isfinite(float(loss.detach())):
-            wrong += batch["keys"]
+def _take_step(looped: Looped, read: ReadStep, *, tally: Tally, world: World, stop: StopRequest) -> tuple[float, StepWork, bool]:
+    """Forward, backward, update; without a target nothing is updated.
+
+    Returns the norm of the gradient before it was clipped, what was done, and whether any rank was asked to stop.
+    """
+    total, num_tokens, num_places, flops = all_sum(_amounts(looped, read.batches), world)
+    sums: list[tuple[StreamBatch, Tensor]] = []
+    for batch in read.batches:
+        here = to_device(batch, world.device)  # one after another: a device holds one micro-batch
+        loss = looped.objective.loss(looped.model(here["inputs"], here["shift_labels"]), here, tally)
         (loss / max(total, 1.0)).backward()
+        sums.append((batch, loss.detach()))
     norm = clip_gradients(looped.model.parameters(), looped.settings.max_grad_norm, world)
-    if not math.isfinite(norm):
-        raise TrainingError(_diverged(step, wrong, world))
-    set_learning_rate(looped.optimizer, learning_rate_at(step - 1, num_steps=looped.num_steps, settings=looped.settings))
+    wrong = [key for batch, loss in sums if not math.isfinite(float(loss)) for key in batch["keys"]]
+    wait_s, is_asked_to_stop, is_wrong = _most([read.wait_s, stop.signal is not None, bool(wrong)], world)
+    if is_wrong or not math.isfinite(norm):
+        raise TrainingError(_diverged(read.number, wrong, world))
     if total:
+        rate = learning_rate_at(read.number - 1, num_steps=looped.num_steps, settings=looped.settings)
+        set_learning_rate(looped.optimizer, rate)
         looped.optimizer.step()
     looped.optimizer.zero_grad(set_to_none=True)
-    return norm
+    work = StepWork(
+        num_tokens=int(num_tokens),
+        num_places=int(num_places),
+        seconds=time.perf_counter() - read.start_s,
+        wait_s=wait_s,
+        flops=flops,
+    )
+    return norm, work, bool(is_asked_to_stop)
+
+
+def _amounts(looped: Looped, batches: Sequence[StreamBatch]) -> list[float]:
+    """Return what this rank adds to the step: what is divided by, tokens, places in rows, operations."""
+    return [
+        sum(looped.objective.count(batch) for batch in batches),
+        sum(document.num_tokens for batch in batches for document in batch["documents"]),
+        sum(batch["shift_labels"].numel() for batch in batches),
+        sum(map(looped.flops, batches)),
+    ]
+
+
+def _most(values: Sequence[float], world: World) -> list[float]:
+    """Return the highest of each value over all ranks."""
+    highest = torch.tensor(values, dtype=torch.float64)
+    if world.is_distributed:
+        torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
+    return [float(value) for value in highest]
 
 
 def _diverged(step: int, wrong: list[str], world: World) -> str:
@@ -172,19 +214,17 @@ def _diverged(step: int, wrong: list[str], world: World) -> str:
     )
 
 
-def _work(
-    batches: list[StreamBatch], flops: Callable[[StreamBatch], float], *, world: World, seconds: float, wait_s: float
-) -> StepWork:
-    num_tokens = sum(document.num_tokens for batch in batches for document in batch["documents"])
-    num_places = sum(batch["shift_labels"].numel() for batch in batches)
-    sums = all_sum([num_tokens, num_places, sum(map(flops, batches))], world)
-    return StepWork(num_tokens=int(sums[0]), num_places=int(sums[1]), seconds=seconds, wait_s=wait_s, flops=sums[2])
+def _measure(looped: Looped, step: int, log: RunLog) -> dict[str, float]:
+    """Validate and let the model answer its prompts if this step is one for it; return the means, none where it is not."""
+    means: dict[str, float] = {}
+    if looped.validate and _is_due(step, looped.evaluate_every, looped):
+        means = looped.validate()
+        log.event("validation", step, means)
+    if looped.sample and _is_due(step, looped.sample_every, looped):
+        for answer in looped.sample():
+            log.event("sample", step, answer)
+    return means
 
 
-def _is_due(step: int, every: int | None) -> bool:
-    return every is not None and step % every == 0
-
-
-def _is_fresh(step: int, looped: Looped) -> bool:
-    """Return whether the validation's means are those of this step."""
-    return step == looped.num_steps or _is_due(step, looped.evaluate_every)
+def _is_due(step: int, every: int | None, looped: Looped) -> bool:
+    return step == looped.num_steps or (every is not None and step % every == 0)

@@ -14,21 +14,23 @@ from torch import nn
 from omniprep import __version__
 from omniprep.errors import ConfigError
 from omniprep.profile import ModelProfile
+from omniprep.receipts import differences
 from omniprep.shards.manifest import Manifest
 from omniprep.storage.local import LocalFolder
 from omniprep.stream.dataset import StreamingDataset
 from omniprep.stream.plan import PlanConfig
 from omniprep.train.attention import use_attention
-from omniprep.train.checkpoint import Checkpoints
+from omniprep.train.checkpoint import Checkpoints, read_saved_step
 from omniprep.train.checks import check_context, rope_mode_of, write_card
 from omniprep.train.evaluate import validator
 from omniprep.train.flops import batch_lengths, device_name, peak_flops, training_flops
 from omniprep.train.forward import TrainableThinker
 from omniprep.train.generate import sampler
 from omniprep.train.loop import Looped, to_device, train_loop
-from omniprep.train.model import ModelSettings, load_thinker, parameters_of, save_thinker, train_only
+from omniprep.train.lora import is_adapter
+from omniprep.train.model import ModelSettings, config_of, load_thinker, parameters_of, save_thinker, train_only
 from omniprep.train.objective import NextToken, Objective, PairPreference, StreamBatch
-from omniprep.train.optimizer import make_optimizer
+from omniprep.train.optimizer import OptimizerSettings, make_optimizer
 from omniprep.train.parallel import World, barrier, shard
 from omniprep.train.progress_log import RunLog
 from omniprep.train.recipe import Phase, TrainRecipe
@@ -54,26 +56,17 @@ class PhaseRun:
     def train(self, stop: StopRequest) -> Result:
         """Take the steps that are left, write the model, and return what it came to."""
         recipe, phase, world = self.recipe, self.phase, self.world
-        torch.manual_seed(recipe.seed + world.rank)
-        model = self.model()
-        thinker, config = model.thinker, model.thinker.config
-        check_context(config, recipe.data.plan.max_tokens)
-        scaled = phase.optimizer.learning_rate * self.start.learning_rate_scale
-        settings = phase.optimizer.model_copy(update={"learning_rate": scaled})
-        optimizer = make_optimizer(model.parameters(), settings)
-        data = recipe.data
-        weights = {place: weight for place, weight in data.datasets.items() if weight is not None}
-        stream = self.stream(weights or list(data.datasets), data.plan, split=data.split)
-        num_steps = count_steps(stream, phase)
-        objective = self.objective(model)
+        # Data first: what is wrong with them is told before minutes of loading weights.
+        stream, num_steps = self.training_stream()
         held_out = self.held_out()
         checkpoints = Checkpoints(self.folder / CHECKPOINTS_NAME, recipe.checkpoints, world)
-        progress = self.resume(checkpoints, model, optimizer, stream)
-        num_lora = sum(one.numel() for name, one in model.named_parameters() if ".lora_" in name)
-
-        def flops(batch: StreamBatch) -> float:
-            return training_flops(config, batch_lengths(batch), trains=phase.train, num_lora_parameters=num_lora)
-
+        latest = checkpoints.latest()
+        self.check_same_recipe(latest)
+        torch.manual_seed(recipe.seed + world.rank)
+        model = self.model()
+        settings = self.optimizer_settings()
+        optimizer = make_optimizer(model.parameters(), settings)
+        objective = self.objective(model)
         looped = Looped(
             model=model,
             optimizer=optimizer,
@@ -81,13 +74,17 @@ class PhaseRun:
             stream=stream,
             num_steps=num_steps,
             settings=settings,
-            flops=flops,
+            flops=self.flops(model),
             validate=None if held_out is None else validator(model, objective, held_out, world),
             sample=self.sampler(model),
             evaluate_every=recipe.watch.evaluate_every,
             sample_every=recipe.watch.sample_every,
             checkpoint_every=recipe.checkpoints.every_steps,
         )
+        progress: dict[str, Any] = self.beginning()
+        if latest is not None:
+            progress = checkpoints.load(latest, model=model, optimizer=optimizer)
+            stream.load_state_dict(progress["stream"])
         peak = peak_flops(device_name(world.device))
         log = RunLog(
             folder=self.folder,
@@ -97,14 +94,33 @@ class PhaseRun:
             title=phase.name,
             is_main=world.is_main,
             peak_flops=None if peak is None else peak * world.world_size,
-            facts=self.facts(thinker, num_steps),
+            facts=self.facts(model.thinker, num_steps),
         )
         with log:
             validation = train_loop(looped, world=world, log=log, checkpoints=checkpoints, progress=progress, stop=stop)
-        return self.finish(thinker, num_steps, validation)
+        return self.finish(model.thinker, num_steps, validation)
+
+    def training_stream(self) -> tuple[StreamingDataset, int]:
+        """Return what is trained on, and how many steps of it. Raises `ConfigError` for a plan that has no place here."""
+        data = self.recipe.data
+        stream = self.stream(data.weighted, data.plan, split=data.split)
+        len(stream)  # says what is wrong if a step cannot be shared out to the ranks
+        return stream, count_steps(stream, self.phase)
+
+    def optimizer_settings(self) -> OptimizerSettings:
+        """Return the phase's settings at the scale of its model."""
+        settings = self.phase.optimizer
+        return settings.model_copy(update={"learning_rate": settings.learning_rate * self.start.learning_rate_scale})
+
+    def flops(self, model: TrainableThinker) -> Callable[[StreamBatch], float]:
+        """Return what tells the operations of a batch."""
+        config, trains = model.thinker.config, self.phase.train
+        num_lora = sum(one.numel() for name, one in model.named_parameters() if is_adapter(name))
+        return lambda batch: training_flops(config, batch_lengths(batch), trains=trains, num_lora_parameters=num_lora)
 
     def model(self) -> TrainableThinker:
         """Return the model of this phase, frozen, sharded and ready to be called."""
+        check_context(config_of(self.start, profile=self.profile), self.recipe.data.plan.max_tokens)
         thinker = load_thinker(self.start, profile=self.profile, seed=self.recipe.seed)
         train_only(thinker, self.phase.train)
         return self.placed(thinker, learns=True)
@@ -182,23 +198,22 @@ class PhaseRun:
         reference = open_reference(self.recipe.dpo, model=model, frozen_copy=frozen_copy, parts=parts, read=read)
         return PairPreference(self.recipe.dpo, reference)
 
-    def resume(
-        self, checkpoints: Checkpoints, model: TrainableThinker, optimizer: torch.optim.Optimizer, stream: StreamingDataset
-    ) -> dict[str, Any]:
-        """Load the last checkpoint, if there is one, and return where it stands."""
-        sha256 = self.recipe.sha256_of(self.phase)
-        latest = checkpoints.latest()
-        if latest is None:
-            return {"step": 0, "recipe_sha256": sha256, "recipe": self.recipe.identity(self.phase)}
-        progress = checkpoints.load(latest, model=model, optimizer=optimizer)
-        if progress["recipe_sha256"] != sha256:
-            differ = ", ".join(_differences(progress["recipe"], self.recipe.identity(self.phase)))
+    def beginning(self) -> dict[str, Any]:
+        """Return the progress of a run that has not begun: what its checkpoints will say of the recipe."""
+        return {"step": 0, "recipe_sha256": self.recipe.sha256_of(self.phase), "recipe": self.recipe.identity(self.phase)}
+
+    def check_same_recipe(self, checkpoint: Path | None) -> None:
+        """Raise `ConfigError` if a checkpoint was made with a recipe of other losses."""
+        if checkpoint is None:
+            return
+        progress = read_saved_step(checkpoint).progress
+        if progress["recipe_sha256"] != self.recipe.sha256_of(self.phase):
+            listed = differences(progress["recipe"], self.recipe.identity(self.phase))
+            shown = "; ".join(listed[:6]) + (f"; and {len(listed) - 6} more" if len(listed) > 6 else "")
             raise ConfigError(
-                f"{latest}: was made with another recipe ({differ}), so its losses would not go on; restore that, name another "
-                "`output`, or begin anew with --overwrite"
+                f"{checkpoint}: was made with another recipe ({shown}), so its losses would not go on; restore that, name "
+                "another `output`, or begin anew with --overwrite"
             )
-        stream.load_state_dict(progress["stream"])
-        return progress
 
     def facts(self, thinker: Any, num_steps: int) -> dict[str, Any]:
         """Return what the log says of the run itself."""
@@ -247,14 +262,6 @@ def count_steps(stream: StreamingDataset, phase: Phase) -> int:
         total += stream.plan.num_steps
     stream.set_epoch(0)
     return total
-
-
-def _differences(a: Any, b: Any, place: str = "") -> list[str]:
-    """Return the dotted paths at which plain values differ."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        names = sorted({*a, *b})
-        return [path for name in names for path in _differences(a.get(name), b.get(name), f"{place}{name}.")]
-    return [] if a == b else [place.removesuffix(".")]
 
 
 def _keep_frozen_in(thinker: nn.Module, dtype: torch.dtype) -> None:

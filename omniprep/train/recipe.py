@@ -67,6 +67,12 @@ class DataSettings(Config):
             raise ValueError(f"expected a weight for each dataset or for none; missing for {', '.join(without)}")
         return self
 
+    @property
+    def weighted(self) -> list[str] | dict[str, float]:
+        """Return the datasets with their weights, or alone if they have none."""
+        weights = {place: weight for place, weight in self.datasets.items() if weight is not None}
+        return weights or list(self.datasets)
+
 
 class Phase(Config):
     """A stretch of training with one set of trained modules."""
