@@ -106,7 +106,8 @@ def _joined(options: RayTrainOptions) -> Iterator[None]:
             raise ConfigError(f"--address {options.address}: no Ray cluster there: {one_line(error)}") from None
     else:
         num_cpus = max(os.cpu_count() or 1, options.num_workers * options.num_cpus_per_worker)
-        ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, object_store_memory=128 << 20, **quiet)
+        # With a dashboard: without, Ray Train warns every second that it has nobody to ask.
+        ray.init(address="local", num_cpus=num_cpus, include_dashboard=True, object_store_memory=128 << 20, **quiet)
     try:
         yield
     finally:
