@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from omniprep.train import thinker
+from omniprep.train import loop, thinker
 from omniprep.train.loop import Stopped
 from omniprep.train.parallel import World
-from omniprep.train.progress_log import RunLog, read_log
+from omniprep.train.progress_log import read_log
 from omniprep.train.recipe import TrainRecipe
 from tests.train.ranks import run_ranks
 
@@ -52,14 +52,14 @@ def train_rank(world: World, wanted: TrainRecipe, stop_in: int | None) -> str:
 def _trained(wanted: TrainRecipe, *, stop_in: int | None) -> str:
     with pytest.MonkeyPatch.context() as patch:
         if stop_in is not None:
-            step_of = RunLog.step
+            take_step = loop._take_step
 
-            def step(log: RunLog, number: int, *arguments: Any) -> None:
-                step_of(log, number, *arguments)
-                if number == stop_in - 1:
+            def take(looped: Any, read: loop.ReadStep, **more: Any) -> Any:
+                if read.number == stop_in:
                     signal.raise_signal(signal.SIGTERM)
+                return take_step(looped, read, **more)
 
-            patch.setattr(RunLog, "step", step)
+            patch.setattr(loop, "_take_step", take)
         try:
             thinker.train(wanted)
         except Stopped as stopped:
