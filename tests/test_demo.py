@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from rich.console import Console
 
 from omniprep.recipe import load_recipe
 from omniprep.records import Conversation, VideoPart, parse_record
@@ -28,7 +29,7 @@ def rows(path: Path) -> Iterator[dict[str, object]]:
     yield from map(json.loads, path.read_text(encoding="utf-8").splitlines())
 
 
-@pytest.mark.parametrize("name", ["demo", "demo_dpo"])
+@pytest.mark.parametrize("name", ["demo", "demo_align", "demo_dpo"])
 def test_recipes_are_valid_and_name_only_fetched_or_made_files(name: str) -> None:
     recipe = load_recipe(ROOT / "pipelines" / f"{name}.yaml").located()
     assert recipe.output.startswith("build/demo/")
@@ -68,12 +69,28 @@ def test_made_records_are_the_same_every_time(samples: Path, tmp_path: Path) -> 
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
 
 
+@pytest.mark.reference
+@pytest.mark.parametrize("path", sorted((ROOT / "pipelines").glob("train_*.yaml")), ids=lambda path: path.stem)
+def test_training_recipes_are_valid_and_learn_from_what_the_demo_makes(path: Path) -> None:
+    from omniprep.train.recipe import load_train_recipe
+
+    recipe = load_train_recipe(path)
+    assert recipe.output == f"build/train/{path.stem.removeprefix('train_')}"
+    made = {load_recipe(ROOT / "pipelines" / f"{name}.yaml").output for name in ("demo", "demo_align", "demo_dpo")}
+    assert set(recipe.data.datasets) <= made
+    assert recipe.model.checkpoint == "tiny"
+
+
 @pytest.mark.media
 @pytest.mark.reference
-def test_from_the_recipe_to_a_falling_loss(samples: Path, tmp_path: Path) -> None:
-    from omniprep.prepare import prepare
-    from omniprep.train.tiny import train_tiny
+def test_from_the_recipe_to_a_falling_loss(samples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
 
+    from omniprep.prepare import prepare
+    from omniprep.train.recipe import load_train_recipe
+    from omniprep.train.thinker import train
+
+    demo = load_script("demo")
     load_script("make_demo_data").make_demo_data(samples, tmp_path / "build" / "demo" / "data")
     (tmp_path / "build" / "samples").symlink_to(samples, target_is_directory=True)
     (tmp_path / "pipelines").mkdir()
@@ -83,8 +100,23 @@ def test_from_the_recipe_to_a_falling_loss(samples: Path, tmp_path: Path) -> Non
     manifest = prepare(recipe)
     assert manifest.num_rows == manifest.totals.num_records == 3 * len(recipe.sources)
     assert set(manifest.by_modality) == {"text", "audio", "image", "video", "video_with_sound"}
-    losses = train_tiny(tmp_path / "out", steps=4, num_samples=5)
-    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.5
+    torch.set_num_threads(1)
+    changes = {
+        "output": str(tmp_path / "run"),
+        "data.datasets": [str(tmp_path / "out")],
+        "data.validation_split": None,
+        "phases.0.steps": 8,
+        "watch.log_every": 1,
+        "samples": {"prompts": 2, "max_new_tokens": 3},
+    }
+    train(load_train_recipe(ROOT / "pipelines" / "train_demo.yaml", changes=changes))
+    log = tmp_path / "run" / "words" / "log.jsonl"
+    losses = demo.losses_of(log)
+    assert losses[-1] < losses[0] - 0.2
+    demo.show_training(Console(width=200), log)
+    shown = capsys.readouterr().out
+    assert f"{losses[0]:.2f}" in shown and f"{losses[-1]:.2f}" in shown
+    assert shown.count("asked") == shown.count("answered") == 2
 
 
 def test_a_failing_step_stops_the_demo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

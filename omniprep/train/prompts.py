@@ -1,9 +1,10 @@
 """Prompts that a model in training answers: records up to where their last answer begins, as the model's own arguments."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from omniprep.sources.jsonl import JsonlSource
 from omniprep.sources.media_store import MediaConfig, MediaStore
 from omniprep.storage.folder import Place
 from omniprep.tokens.vocab import TextTokenizer
-from omniprep.train.tiny import choose_rows
 from omniprep.types import EncodedSample, Layout
 
 
@@ -156,6 +156,23 @@ def _shown(layout: Layout, tokenizer: TextTokenizer) -> str:
         elif segment.offset == 0:
             text += f"[{segment.kind}]"
     return text
+
+
+def choose_rows(rows: Sequence[Mapping[str, Any]], *, num_samples: int) -> list[Mapping[str, Any]]:
+    """Return up to `num_samples` index rows, the shortest of every mix of modalities in turn.
+
+    >>> text = {"has_audio": False, "has_image": False, "has_video": False, "has_video_with_sound": False, "num_supervised": 1}
+    >>> rows = [{**text, "key": "a", "num_tokens": 9}, {**text, "key": "b", "num_tokens": 5}]
+    >>> rows += [{**text, "key": "c", "num_tokens": 99, "has_audio": True}]
+    >>> [row["key"] for row in choose_rows(rows, num_samples=2)]
+    ['b', 'c']
+    """
+    mixes: dict[tuple[bool, ...], list[Mapping[str, Any]]] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: (row["num_tokens"], row["key"])):
+        if row["num_supervised"]:
+            mixes[tuple(row[f"has_{name}"] for name in ("audio", "image", "video", "video_with_sound"))].append(row)
+    in_turn = chain.from_iterable(zip_longest(*(mixes[mix] for mix in sorted(mixes))))
+    return [row for row in in_turn if row is not None][:num_samples]
 
 
 def _rows(place: Place, split: str, num_records: int) -> list[Mapping[str, Any]]:

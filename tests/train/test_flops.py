@@ -22,9 +22,9 @@ from omniprep.train.flops import (  # noqa: E402
 )
 from omniprep.train.lora import LoraSettings, add_lora  # noqa: E402
 from omniprep.train.model import parameters_of, train_only  # noqa: E402
-from omniprep.train.tiny import num_targets, supervised_loss, tiny_thinker  # noqa: E402
+from omniprep.train.tiny import tiny_thinker  # noqa: E402
 from tests.train.batches import MIX, batch_of  # noqa: E402
-from tests.train.test_tiny import IMAGE_GRID, VIDEO_GRID, make_inputs  # noqa: E402
+from tests.train.tiny_inputs import IMAGE_GRID, SPECIAL, VIDEO_GRID, make_inputs, num_targets, supervised_loss  # noqa: E402
 
 ALL = ("audio_encoder", "audio_adapter", "vision_encoder", "vision_adapter", "language_model", "head")
 TOWERS = ALL[:4]
@@ -56,8 +56,6 @@ def even_inputs() -> Any:
     """Return inputs whose sound fills its 2-second chunks: the reference computes a shorter chunk as long as the longest."""
     inputs = make_inputs()
     special_ids = inputs["input_ids"]
-    from tests.train.test_tiny import SPECIAL
-
     start = int(np.flatnonzero(special_ids == SPECIAL.audio)[0])
     num_old = int((special_ids == SPECIAL.audio).sum())
     ids = np.concatenate([special_ids[:start], np.full(100, SPECIAL.audio), special_ids[start + num_old :]])

@@ -31,11 +31,12 @@ from omniprep.train.generate import (  # noqa: E402
     sampler,
 )
 from omniprep.train.parallel import ParallelSettings  # noqa: E402
-from omniprep.train.prompts import prompt_of, prompts_from_file, prompts_from_records  # noqa: E402
-from omniprep.train.tiny import tiny_thinker, train_steps  # noqa: E402
+from omniprep.train.prompts import choose_rows, prompt_of, prompts_from_file, prompts_from_records  # noqa: E402
+from omniprep.train.tiny import tiny_thinker  # noqa: E402
 from tests.train.answer_work import answer_on_ranks, answers, prompt  # noqa: E402
 from tests.train.rank_work import batch_of  # noqa: E402
 from tests.train.ranks import run_ranks  # noqa: E402
+from tests.train.tiny_inputs import train_steps  # noqa: E402
 
 MEDIA = ("text", "dialogue", "audio", "sounds", "image", "video", "film")
 GREEDY = SampleSettings(do_sample=False, max_new_tokens=6)
@@ -165,7 +166,7 @@ def test_a_model_says_what_it_has_learnt_by_heart() -> None:
     thinker = tiny_thinker(seed=0)
     rows = {"audio": ask(AUDIO[0], answer="Somebody hums."), "image": ask(IMAGES[0], answer="Dots of all colours.")}
     samples = [encode(row, name) for name, row in rows.items()]
-    list(train_steps(thinker, [model_inputs(sample) for sample in samples], steps=20, learning_rate=1e-2))
+    train_steps(thinker, [model_inputs(sample) for sample in samples], steps=20, learning_rate=1e-2)
     prompts = [prompt_of(sample, encoder().tokenizer) for sample in samples]
     found = generate_samples(thinker, prompts, SampleSettings(do_sample=False, repetition_penalty=1.0), encoder().tokenizer)
     assert [one.answer for one in found] == ["Somebody hums.", "Dots of all colours."]
@@ -288,3 +289,11 @@ def test_the_sampler_reads_a_datasets_own_settings(tmp_path: Path, thinker: Any)
     path = write_prompts(tmp_path, ask())
     prompts, _ = load_prompts(SampleSettings(prompts=path), manifests, split="val")
     assert "Be brief." in prompts[0].question
+
+
+def test_rows_are_chosen_over_all_mixes_of_modalities() -> None:
+    flags = dict.fromkeys(("has_audio", "has_image", "has_video", "has_video_with_sound"), False)
+    rows = [{**flags, "key": f"t{n}", "num_tokens": n, "num_supervised": n} for n in range(5)]
+    rows += [{**flags, "has_image": True, "key": f"i{n}", "num_tokens": 100 + n, "num_supervised": 1} for n in range(2)]
+    assert [row["key"] for row in choose_rows(rows, num_samples=4)] == ["t1", "i0", "t2", "i1"]
+    assert [row["key"] for row in choose_rows(rows, num_samples=99)] == ["t1", "i0", "t2", "i1", "t3", "t4"]
