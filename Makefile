@@ -50,7 +50,7 @@ $(STAMP): pyproject.toml
 samples: $(STAMP) ## fetch sample media into build/samples (pinned versions, checksums)
 	@$(PY) scripts/fetch_samples.py $(SAMPLES)
 
-demo: $(STAMP) samples ## real conversations -> shards -> verify -> 20 training steps of a tiny Thinker
+demo: $(STAMP) samples ## real conversations -> shards -> verify -> a tiny Thinker learns from them
 	@$(PY) scripts/demo.py
 
 lint: $(STAMP) ## ruff: rules and format

@@ -69,7 +69,9 @@ def project(tmp_path_factory: pytest.TempPathFactory, ffmpeg: str) -> Path:
 )
 def test_blocks_run(page: Path, project: Path) -> None:
     python: list[str] = []
-    for kind, _, text in blocks(page):
+    for kind, title, text in blocks(page):
+        if title:
+            (project / title).write_text(text, encoding="utf-8")
         if kind == "console":
             for line in text.splitlines():
                 if line.startswith("$ "):
@@ -128,7 +130,7 @@ def test_every_part_key_is_explained() -> None:
             assert f"`{field}`" in page or field == "type", f"{part.__name__}.{field}"
 
 
-@pytest.mark.parametrize("name", ["rope_figure", "plan_figure"])
+@pytest.mark.parametrize("name", ["rope_figure", "plan_figure", "training_figure"])
 def test_figures_are_drawn_by_todays_code(name: str) -> None:
     spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     assert spec is not None and spec.loader is not None
