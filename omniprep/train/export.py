@@ -6,6 +6,7 @@ what is written is whole, merged and plain. The model in memory stays as it is.
 
 import copy
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,18 @@ from torch import Tensor
 from omniprep.errors import ConfigError
 from omniprep.train.lora import has_lora, is_adapter, merged
 
+PROCESSOR_FILES = (
+    "added_tokens.json",
+    "chat_template*",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "tokenizer*",
+    "video_preprocessor_config.json",
+    "vocab.json",
+)
+"""What transformers makes a processor of, by its names in released checkpoints."""
 _THINKER = "thinker."
 """Begins the names of the Thinker's weights in a released Omni checkpoint."""
 
@@ -59,6 +72,38 @@ def _without_adapters(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _is_main() -> bool:
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def copy_processor(checkpoint: str, folder: Path) -> list[str]:
+    """Copy tokenizer, chat template and processor settings of a checkpoint beside exported weights; return their names.
+
+    `checkpoint` is a folder or a hub id; of one that has none of these, such as `tiny`, nothing is copied.
+    """
+    try:
+        source = checkpoint_folder(checkpoint, patterns=PROCESSOR_FILES)
+    except ConfigError:
+        return []
+    found = sorted({file for pattern in PROCESSOR_FILES for file in source.glob(pattern) if file.is_file()})
+    for file in found:
+        shutil.copyfile(file, folder / file.name)
+    return [file.name for file in found]
+
+
+def checkpoint_folder(checkpoint: str, *, patterns: Sequence[str] | None = None) -> Path:
+    """Return the folder of a checkpoint; one of the hub is fetched if it is not here yet, or those of its files.
+
+    Raises `ConfigError` if it is neither.
+    """
+    if Path(checkpoint).is_dir():
+        return Path(checkpoint)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(checkpoint, allow_patterns=list(patterns) if patterns else None))
+    except (OSError, ValueError) as error:  # the hub's own errors are kinds of these
+        raise ConfigError(
+            f"{checkpoint}: expected a folder or the id of a model on the hub; {' '.join(str(error).split()):.300}"
+        ) from None
 
 
 def put_into_omni(thinker: Path, *, source: Path, folder: Path) -> None:

@@ -59,15 +59,18 @@ class ModelSettings(Config):
     recipe is to fit both."""
 
 
-def load_thinker(settings: ModelSettings, *, profile: ModelProfile = QWEN2_5_OMNI, seed: int = 0) -> Any:
-    """Return transformers' `Qwen2_5OmniThinkerForConditionalGeneration`, float32 on the CPU, with adapters if they are set.
+def load_thinker(
+    settings: ModelSettings, *, profile: ModelProfile = QWEN2_5_OMNI, seed: int = 0, keep_dtype: bool = False
+) -> Any:
+    """Return transformers' `Qwen2_5OmniThinkerForConditionalGeneration` on the CPU, with adapters if they are set.
 
+    It is in float32, or with `keep_dtype` as the checkpoint stores it: bfloat16 takes half the memory of each rank's process.
     `seed` decides the random weights; the random state of the process is left alone. Raises `ConfigError` if there is no
     such checkpoint, if it is of another model or incomplete, or if it was made for other data than `profile` describes.
     """
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
-        thinker = _load(settings, profile, seed)
+        thinker = _load(settings, profile, seed, dtype="auto" if keep_dtype else torch.float32)
         if settings.lora is not None:
             thinker = add_lora(thinker, settings.lora)
     _frozen_always(thinker).requires_grad_(False)
@@ -148,7 +151,7 @@ def train_only(thinker: Any, names: Collection[ModuleName]) -> None:
     _frozen_always(thinker).requires_grad_(False)
 
 
-def _load(settings: ModelSettings, profile: ModelProfile, seed: int) -> Any:
+def _load(settings: ModelSettings, profile: ModelProfile, seed: int, *, dtype: Any) -> Any:
     from safetensors import SafetensorError
     from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
@@ -159,7 +162,7 @@ def _load(settings: ModelSettings, profile: ModelProfile, seed: int) -> Any:
         return Qwen2_5OmniThinkerForConditionalGeneration(config)
     try:
         thinker, report = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
-            settings.checkpoint, config=config, dtype=torch.float32, output_loading_info=True
+            settings.checkpoint, config=config, dtype=dtype, output_loading_info=True
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())

@@ -11,6 +11,7 @@ for ever. The root gathers once, whatever the batch holds.
 Gradients are summed over ranks, never averaged: the loss is already divided by the supervised tokens of all of them.
 """
 
+import gc
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -106,8 +107,13 @@ def world(*, timeout_s: float = 1800.0, device: Literal["auto", "cpu", "cuda"] =
     dist.init_process_group(**options)
     try:
         yield here
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        # With others, NCCL's end may wait for what they do in a collective that this rank will not join, and the error would
+        # never be told. The process ends anyway.
+        if not here.is_distributed:
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def _place(environment: Mapping[str, str], device: Literal["auto", "cpu", "cuda"]) -> World:
@@ -257,6 +263,13 @@ def _sum_of_squares(gradient: Tensor) -> Tensor:
     part = gradient.to_local() if hasattr(gradient, "to_local") else gradient
     rows = torch.linalg.vector_norm(part, dim=-1) if part.ndim else part
     return rows.double().square().sum()
+
+
+def release_memory() -> None:
+    """Give back the memory of models that nobody uses any more: FSDP's modules refer to each other, so they linger."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def barrier(world: World) -> None:

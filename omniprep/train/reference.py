@@ -22,6 +22,7 @@ from omniprep.train.dpo import DpoSettings
 from omniprep.train.forward import TrainableThinker
 from omniprep.train.lora import adapters_off, is_adapter
 from omniprep.train.loss import document_sums, documents_of
+from omniprep.train.parallel import release_memory
 
 StreamBatch = Mapping[str, Any]
 """What `StreamingDataset` yields, its tensors on the model's device."""
@@ -129,6 +130,8 @@ def open_reference(
         copy = FrozenCopy(frozen_copy())
         for place, split, name in missing:
             compute_reference(copy, read(place, split), place=place, name=name)
+        del copy
+        release_memory()  # that it need not be there while the model learns is what storing is for
     return Stored(_merged((place, read_reference(place, name)) for place, _, name in wanted))
 
 

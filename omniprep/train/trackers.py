@@ -1,7 +1,7 @@
 """TensorBoard, trackio and Weights & Biases, behind one small interface. Each is an option and a package of its own."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -21,6 +21,12 @@ class Tracker(Protocol):
         """Write what is left."""
 
 
+def check_trackers(names: Iterable[TrackerName]) -> None:
+    """Raise `ConfigError` for a tracker that is not installed: on every rank, and before anything takes long."""
+    for name in names:
+        _installed(name)
+
+
 def open_tracker(
     name: TrackerName, folder: Path, *, project: str, run: str, facts: Mapping[str, Any], first_step: int = 0
 ) -> Tracker:
@@ -30,12 +36,12 @@ def open_tracker(
     """
     if name == "tensorboard":
         return _TensorBoard(folder / "tensorboard", first_step)
-    return _Hosted(_installed(name, name), folder, project=project, run=run, facts=facts)
+    return _Hosted(_installed(name), folder, project=project, run=run, facts=facts)
 
 
-def _installed(module: str, package: str) -> Any:
+def _installed(package: TrackerName) -> Any:
     try:
-        return import_module(module)
+        return import_module(package)
     except ImportError as error:
         detail = f"watch.trackers: {package} is not installed ({error}); install it with `pip install {package}` or leave it out"
         raise ConfigError(detail) from None
@@ -45,7 +51,7 @@ class _TensorBoard:
     """Event files."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        _installed("tensorboard", "tensorboard")
+        _installed("tensorboard")
         self._writer = import_module("torch.utils.tensorboard").SummaryWriter(str(folder), purge_step=first_step)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
@@ -62,7 +68,8 @@ class _Hosted:
 
     def __init__(self, library: Any, folder: Path, *, project: str, run: str, facts: Mapping[str, Any]) -> None:
         self._library = library
-        where = {"dir": str(folder)} if library.__name__ == "wandb" else {}  # trackio has one place for all runs
+        # trackio has one place for all runs. Whether a run of wandb is gone on with, WANDB_RUN_ID and WANDB_RESUME say.
+        where = {"dir": str(folder)} if library.__name__ == "wandb" else {}
         library.init(project=project, name=run, config=dict(facts), **where)
 
     def log(self, values: Mapping[str, float], step: int) -> None:

@@ -8,7 +8,9 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from omniprep.cli import app
 from omniprep.config import parse_config
 from omniprep.errors import ConfigError
 from omniprep.profile import QWEN2_5_OMNI
@@ -22,7 +24,7 @@ pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from omniprep.train.attention import use_attention  # noqa: E402
-from omniprep.train.export import put_into_omni  # noqa: E402
+from omniprep.train.export import copy_processor, put_into_omni  # noqa: E402
 from omniprep.train.forward import TrainableThinker  # noqa: E402
 from omniprep.train.lora import adapters_off, has_lora, is_adapter  # noqa: E402
 from omniprep.train.model import (  # noqa: E402
@@ -323,6 +325,40 @@ def test_a_trained_thinker_is_put_back_into_the_omni_checkpoint(tmp_path: Path) 
         assert (tmp_path / "result" / name).read_bytes() == files[name]
     talker = load_file(tmp_path / "result" / "model-00001-of-00002.safetensors")["talker.codec_head.weight"]
     assert talker.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_the_command_puts_a_thinker_back_and_refuses_what_is_none(tmp_path: Path) -> None:
+    omni_checkpoint(tmp_path / "omni", seed=5)
+    trained = load_thinker(ModelSettings(), seed=6)
+    save_thinker(trained, tmp_path / "trained")
+    arguments = ["export", "omni", str(tmp_path / "trained"), "--into", str(tmp_path / "omni"), "--out", str(tmp_path / "result")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    loaded = load_thinker(ModelSettings(checkpoint=str(tmp_path / "result")))
+    assert_same(loaded.state_dict(), trained.bfloat16().float().state_dict())
+    again = CliRunner().invoke(app, arguments)
+    assert (again.exit_code, "is not empty; name another folder" in again.output) == (2, True)
+    (tmp_path / "trained" / "config.json").unlink()
+    nothing = CliRunner().invoke(app, [*arguments[:-1], str(tmp_path / "other")])
+    assert (nothing.exit_code, "expected the folder `model` of a phase" in nothing.output) == (2, True)
+
+
+def test_processor_files_of_the_checkpoint_are_copied_beside_the_weights(tmp_path: Path) -> None:
+    source, folder = tmp_path / "source", tmp_path / "folder"
+    source.mkdir()
+    folder.mkdir()
+    names = ["chat_template.jinja", "merges.txt", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"]
+    for name in [*names, "config.json", "model.safetensors", "README.md"]:
+        (source / name).write_text(name)
+    assert copy_processor(str(source), folder) == names
+    assert sorted(path.name for path in folder.iterdir()) == names
+
+
+def test_a_checkpoint_keeps_its_type_if_that_is_asked_for(tmp_path: Path) -> None:
+    omni_checkpoint(tmp_path, seed=5)
+    settings = ModelSettings(checkpoint=str(tmp_path))
+    assert {value.dtype for value in load_thinker(settings, keep_dtype=True).parameters()} == {torch.bfloat16}
+    assert {value.dtype for value in load_thinker(settings).parameters()} == {torch.float32}
 
 
 def test_a_thinker_of_another_shape_is_not_put_into_an_omni_checkpoint(tmp_path: Path) -> None:
