@@ -77,7 +77,7 @@ def read_card(checkpoint: str) -> dict[str, Any] | None:
     """Return what an exported model says of itself, None for one of another origin."""
     try:
         return dict(json.loads((Path(checkpoint) / CARD_NAME).read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
         return None
 
 

@@ -109,14 +109,17 @@ def _memory(recipe: TrainRecipe, phase: Phase, config: Any, world_size: int) -> 
 
 def describe_dry_run(found: DryRun) -> RenderableType:
     """Return tables for a person."""
-    model = Table(title=f"{found.checkpoint}: {sum(found.parameters.values()):,} parameters", title_justify="left")
+    model = Table()
     for name in ("module", "parameters"):
         model.add_column(name, justify="left" if name == "module" else "right")
     for name, number in found.parameters.items():
         model.add_row(name, f"{number:,}")
-    parts: list[RenderableType] = [model]
+    # Lines of their own: the title of a table is broken at the table's width.
+    devices = "one GPU" if found.world_size == 1 else f"each of {found.world_size} GPUs"
+    heading = Text(f"memory of {devices}, heaviest row (an H200 has {H200_BYTES / 1e9:.0f} GB)")
+    parts: list[RenderableType] = [Text(f"{found.checkpoint}: {sum(found.parameters.values()):,} parameters"), model]
     for phase in found.phases:
-        parts += [Text(_told(phase)), _memory_table(phase, found.world_size)]
+        parts += [Text(_told(phase)), heading, _memory_table(phase)]
     return Group(*parts)
 
 
@@ -128,9 +131,8 @@ def _told(phase: DryPhase) -> str:
     )
 
 
-def _memory_table(phase: DryPhase, world_size: int) -> Table:
-    devices = "one GPU" if world_size == 1 else f"each of {world_size} GPUs"
-    table = Table(title=f"memory of {devices}, heaviest row (an H200 has {H200_BYTES / 1e9:.0f} GB)", title_justify="left")
+def _memory_table(phase: DryPhase) -> Table:
+    table = Table()
     table.add_column("what")
     table.add_column("GB", justify="right")
     for name, size in phase.memory_bytes.items():

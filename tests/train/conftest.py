@@ -1,6 +1,5 @@
 """Small prepared datasets of every kind of media that the trainer's tests read: real files, encoded by the real build."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -75,7 +74,8 @@ def media(tmp_path_factory: pytest.TempPathFactory, ffmpeg: str) -> Path:
 def mixed(media: Path) -> str:
     """Conversations with text, sound, pictures, and video with and without sound: 36 to train on, some for validation."""
     rows = [
-        chat(number, *MEDIA[number % len(MEDIA)], answer=f"It is {number}, as it was. " * (1 + number % 3)) for number in range(40)
+        chat(number, *MEDIA[number % len(MEDIA)], answer=f"It is {number}, as it was. " * (1 + number % 3))
+        for number in range(40)
     ]
     return build(media / "mixed", {"even": rows[0::2], "odd": rows[1::2]}, splits={"val": 0.15})
 
@@ -87,6 +87,11 @@ def pairs(media: Path) -> str:
     return build(media / "pairs", {"pairs": rows}, kind="preference", splits={"val": 0.2})
 
 
-def describe(place: str) -> dict[str, Any]:
-    """Return what a dataset says of itself."""
-    return dict(json.loads((Path(place) / "manifest.json").read_text(encoding="utf-8")))
+@pytest.fixture(scope="session")
+def whole(mixed: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a run in one process that never stopped: more than an epoch, all parameters."""
+    from tests.train.runs import STEPS, recipe, train
+
+    output = tmp_path_factory.mktemp("whole")
+    assert train(recipe(output, mixed, steps=STEPS)) == ["done"]
+    return output

@@ -17,6 +17,8 @@ from tests.train.ranks import run_ranks
 
 ALL = ("audio_encoder", "audio_adapter", "vision_encoder", "vision_adapter", "language_model", "head")
 PHASE = "some"
+STEPS = 6
+"""Of the run that others are compared with: more than an epoch."""
 
 
 def values(output: Path, place: str, *, steps: int = 4, **changes: Any) -> dict[str, Any]:

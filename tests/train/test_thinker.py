@@ -19,17 +19,7 @@ pytest.importorskip("transformers")
 from omniprep.train import thinker  # noqa: E402
 from omniprep.train.parallel import World  # noqa: E402
 from tests.train.ranks import RankFailed, outcomes_of  # noqa: E402
-from tests.train.runs import PHASE, assert_same_run, column, lines, recipe, train, weights  # noqa: E402
-
-STEPS = 6
-
-
-@pytest.fixture(scope="module")
-def whole(mixed: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a run in one process that never stopped: more than an epoch, all parameters."""
-    output = tmp_path_factory.mktemp("whole")
-    assert train(recipe(output, mixed, steps=STEPS)) == ["done"]
-    return output
+from tests.train.runs import PHASE, STEPS, assert_same_run, column, lines, recipe, train, weights  # noqa: E402
 
 
 def test_losses_go_down_and_every_step_is_logged_once(whole: Path) -> None:
