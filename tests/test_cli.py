@@ -17,7 +17,7 @@ from tests.prepare_builders import chat, write_media, write_recipe, write_rows
 
 COMMANDS = (
     *("prepare", "retry", "plan", "verify", "diff", "inspect", "encode", "schema"),
-    *("bench loader", "export energon", "train thinker"),
+    *("bench loader", "export energon", "export omni", "train thinker"),
 )
 OPTIONS = {
     "prepare": {
@@ -49,6 +49,7 @@ OPTIONS = {
         *("--compare", "--json"),
     },
     "export energon": set(),
+    "export omni": {"--into", "--out"},
     "train thinker": {
         *("--set", "--dry-run", "--overwrite", "--ray-workers", "--gpus", "--no-gpus", "--address", "--json"),
     },
