@@ -58,7 +58,8 @@ class CheckpointSettings(Config):
     keep_last: int = Field(default=2, ge=1)
     """The disk needs room for one more: an old one goes when the new one is complete."""
     keep_best: bool = True
-    """Keep the one of the lowest validation loss beside the last ones."""
+    """Keep the one of the lowest validation loss beside the last ones: of those at whose step there was a validation, so let
+    `watch.evaluate_every` divide `every_steps`."""
     asynchronous: bool = False
     """Copy to memory and write while training goes on; takes as much memory of the machine as the checkpoint has bytes."""
     save_frozen: bool = True

@@ -39,8 +39,14 @@ def save_thinker(thinker: Any, folder: Path, *, merge_lora: bool = True, dtype: 
     file, by default that in memory: float32 for what was trained. Every rank of a sharded model calls it; the first writes.
     """
     state = full_state(thinker)
-    if not _is_main():
-        return
+    if _is_main():
+        write_thinker(thinker, state, folder, merge_lora=merge_lora, dtype=dtype)
+
+
+def write_thinker(
+    thinker: Any, state: dict[str, Tensor], folder: Path, *, merge_lora: bool = True, dtype: torch.dtype | None = None
+) -> None:
+    """Write what `full_state` gave, as `save_thinker` says; one rank calls it."""
     if has_lora(thinker):
         state = merged(thinker, state) if merge_lora else merged(thinker, _without_adapters(state))
     if dtype is not None:

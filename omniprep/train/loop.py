@@ -41,7 +41,7 @@ class Stopped(OmniPrepError):
     """A signal ended a phase; it was saved before."""
 
     def __init__(self, step: int, number: int) -> None:
-        super().__init__(f"stopped after step {step}, which is saved; the same command goes on from there")
+        super().__init__(f"stopped after step {step}, which is saved; the same command, without --overwrite, goes on from there")
         self.step, self.signal = step, number
 
     def __reduce__(self) -> tuple[type["Stopped"], tuple[int, int]]:

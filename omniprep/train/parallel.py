@@ -13,21 +13,25 @@ Gradients are summed over ranks, never averaged: the loss is already divided by 
 
 import gc
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from pydantic import Field
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from omniprep.config import Config
-from omniprep.errors import ConfigError
+from omniprep.errors import ConfigError, OmniPrepError
+from omniprep.storage.folder import StorageError
+
+Answer = TypeVar("Answer")
 
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun and Ray Train set for each process."""
@@ -272,7 +276,23 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def barrier(world: World) -> None:
-    """Wait until all ranks are here."""
+def on_main(action: Callable[[], Answer], world: World) -> Answer:
+    """Do something on the main rank and return its answer on all of them, so that all see the same; its errors are raised on all.
+
+    What the disk refuses is a `StorageError`.
+    """
+    told: list[Any] = [None, None]
+    if world.is_main:
+        try:
+            told[0] = action()
+        except OmniPrepError as error:
+            told[1] = error
+        except (OSError, SafetensorError) as error:
+            where, why = getattr(error, "filename", None), getattr(error, "strerror", None)
+            told[1] = StorageError(f"{where or 'the disk'}: {why or error}; mend that and run the same command again")
     if world.is_distributed:
-        dist.barrier()
+        dist.broadcast_object_list(told, src=0)
+    if told[1] is not None:
+        raise told[1]
+    answer: Answer = told[0]
+    return answer

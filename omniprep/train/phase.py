@@ -23,15 +23,16 @@ from omniprep.train.attention import use_attention
 from omniprep.train.checkpoint import Checkpoints, read_saved_step
 from omniprep.train.checks import check_context, rope_mode_of, write_card
 from omniprep.train.evaluate import validator
+from omniprep.train.export import copy_processor, full_state, write_thinker
 from omniprep.train.flops import batch_lengths, device_name, peak_flops, training_flops
 from omniprep.train.forward import TrainableThinker
 from omniprep.train.generate import sampler
 from omniprep.train.loop import Looped, to_device, train_loop
 from omniprep.train.lora import is_adapter
-from omniprep.train.model import ModelSettings, config_of, load_thinker, parameters_of, save_thinker, train_only
+from omniprep.train.model import TINY, ModelSettings, config_of, load_thinker, parameters_of, train_only
 from omniprep.train.objective import NextToken, Objective, PairPreference, StreamBatch
 from omniprep.train.optimizer import OptimizerSettings, make_optimizer
-from omniprep.train.parallel import World, barrier, shard
+from omniprep.train.parallel import World, on_main, shard
 from omniprep.train.progress_log import RunLog
 from omniprep.train.recipe import Phase, TrainRecipe
 from omniprep.train.reference import open_reference
@@ -121,17 +122,21 @@ class PhaseRun:
     def model(self) -> TrainableThinker:
         """Return the model of this phase, frozen, sharded and ready to be called."""
         check_context(config_of(self.start, profile=self.profile), self.recipe.data.plan.max_tokens)
-        thinker = load_thinker(self.start, profile=self.profile, seed=self.recipe.seed)
+        thinker = self.loaded()
         train_only(thinker, self.phase.train)
         return self.placed(thinker, learns=True)
 
+    def loaded(self) -> Any:
+        """Return the Thinker that this phase starts from."""
+        return load_thinker(self.start, profile=self.profile, seed=self.recipe.seed, keep_dtype=self.in_bf16)
+
     def placed(self, thinker: Any, *, learns: bool) -> TrainableThinker:
         """Return a Thinker, wrapped and spread over the ranks; weights that do not learn are kept as they compute."""
-        parallel, device = self.recipe.parallel, self.world.device
+        parallel = self.recipe.parallel
         use_attention(thinker, parallel.chosen_attention)
         if not learns:
             thinker.requires_grad_(False)
-        if parallel.computes_in_bf16(device):
+        if self.in_bf16:
             _keep_frozen_in(thinker, torch.bfloat16)
         model = TrainableThinker(thinker, loss_chunk_tokens=parallel.loss_chunk_tokens)
         shard(model, parallel, self.world)
@@ -184,7 +189,7 @@ class PhaseRun:
             return NextToken()
 
         def frozen_copy() -> TrainableThinker:
-            return self.placed(load_thinker(self.start, profile=self.profile, seed=self.recipe.seed), learns=False)
+            return self.placed(self.loaded(), learns=False)
 
         def read(place: str, split: str) -> Iterator[StreamBatch]:
             # Every pair once: no weights, and whole, unlike the epoch of a blend.
@@ -232,8 +237,7 @@ class PhaseRun:
     def finish(self, thinker: Any, num_steps: int, validation: Mapping[str, float]) -> Result:
         """Write the model, and last what says that the phase is done."""
         folder = self.folder / MODEL_NAME
-        dtype = torch.bfloat16 if self.recipe.parallel.computes_in_bf16(self.world.device) else torch.float32
-        save_thinker(thinker, folder, dtype=dtype)
+        state = full_state(thinker)
         result = {
             "phase": self.phase.name,
             "steps": num_steps,
@@ -242,14 +246,24 @@ class PhaseRun:
             "recipe_sha256": self.recipe.sha256_of(self.phase),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-        if self.world.is_main:
+
+        def write() -> Result:
+            write_thinker(thinker, state, folder, dtype=torch.bfloat16 if self.in_bf16 else torch.float32)
+            if self.start.checkpoint != TINY:
+                copy_processor(self.start.checkpoint, folder)
             mode = rope_mode_of(self.manifests)
             write_card(folder, rope_mode=mode, profile=self.profile.name, steps=num_steps, datasets=self.manifests.values())
             place = LocalFolder(str(self.folder))
             place.write(RESULT_NAME, (json.dumps(result, indent=1) + "\n").encode())
             place.sync([RESULT_NAME])
-        barrier(self.world)
-        return result
+            return result
+
+        return on_main(write, self.world)
+
+    @property
+    def in_bf16(self) -> bool:
+        """Return whether matrices are multiplied in bfloat16."""
+        return self.recipe.parallel.computes_in_bf16(self.world.device)
 
 
 def count_steps(stream: StreamingDataset, phase: Phase) -> int:

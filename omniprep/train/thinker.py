@@ -10,9 +10,11 @@ OUT/PHASE/
 """
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,12 @@ from omniprep.errors import ConfigError
 from omniprep.profile import QWEN2_5_OMNI, ModelProfile
 from omniprep.train.checks import check_rope_mode, read_datasets
 from omniprep.train.loop import TrainingError
-from omniprep.train.parallel import World, barrier, world
+from omniprep.train.parallel import World, on_main, release_memory, world
 from omniprep.train.phase import CHECKPOINTS_NAME, MODEL_NAME, RESULT_NAME, PhaseRun, Result
 from omniprep.train.progress_log import LOG_NAME
 from omniprep.train.recipe import TrainRecipe
 from omniprep.train.signals import stop_request
+from omniprep.train.trackers import check_trackers
 
 
 def train(recipe: TrainRecipe, *, overwrite: bool = False, profile: ModelProfile = QWEN2_5_OMNI) -> list[Result]:
@@ -38,14 +41,15 @@ def train(recipe: TrainRecipe, *, overwrite: bool = False, profile: ModelProfile
     """
     output = Path(recipe.output)
     with world() as here, stop_request() as stop, _quiet_libraries(), _plain_failures(here):
+        check_trackers(recipe.watch.trackers)
         manifests = read_datasets(recipe, profile)
         check_rope_mode(recipe.model.checkpoint, recipe.data, manifests)
-        if overwrite:
-            _remove_earlier(output, recipe, here)
+        if overwrite and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):  # it restarts the same command
+            on_main(partial(_remove_earlier, output, recipe), here)
         start, results = recipe.model, []
         for phase in recipe.phases:
             folder = output / phase.name
-            result = _finished(folder, recipe.sha256_of(phase))
+            result = on_main(partial(_finished, folder, recipe.sha256_of(phase)), here)
             if result is None:
                 result = PhaseRun(
                     recipe=recipe,
@@ -56,24 +60,23 @@ def train(recipe: TrainRecipe, *, overwrite: bool = False, profile: ModelProfile
                     profile=profile,
                     world=here,
                 ).train(stop)
+                release_memory()
             results.append(result)
             # The next phase starts from what this one has made; with adapters, from their sum with the base.
             start = recipe.model.model_copy(update={"checkpoint": str(folder / MODEL_NAME), "from_scratch": False})
         return results
 
 
-def _remove_earlier(output: Path, recipe: TrainRecipe, here: World) -> None:
+def _remove_earlier(output: Path, recipe: TrainRecipe) -> None:
     """Delete what runs have left in the phases' folders; nothing else that may lie in `output`."""
-    if here.is_main:
-        for phase in recipe.phases:
-            folder = output / phase.name
-            # First, so that a half-deleted phase is never taken for one that is done.
-            (folder / RESULT_NAME).unlink(missing_ok=True)
-            for name in (CHECKPOINTS_NAME, MODEL_NAME):
-                if (folder / name).exists():
-                    shutil.rmtree(folder / name)
-            (folder / LOG_NAME).unlink(missing_ok=True)
-    barrier(here)
+    for phase in recipe.phases:
+        folder = output / phase.name
+        # First, so that a half-deleted phase is never taken for one that is done.
+        (folder / RESULT_NAME).unlink(missing_ok=True)
+        for name in (CHECKPOINTS_NAME, MODEL_NAME):
+            if (folder / name).exists():
+                shutil.rmtree(folder / name)
+        (folder / LOG_NAME).unlink(missing_ok=True)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 Runs of a few steps of a model with 152,000 words, some on two processes: about 3 minutes on a core.
 """
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from omniprep.errors import ConfigError
+from omniprep.storage.folder import StorageError
 from tests.stream.model_records import alone
 
 pytestmark = pytest.mark.reference
@@ -37,7 +39,7 @@ def test_losses_go_down_and_every_step_is_logged_once(whole: Path) -> None:
 
 def test_two_ranks_are_one_process_also_when_it_stops_and_goes_on_with_one(whole: Path, mixed: str, tmp_path: Path) -> None:
     again = recipe(tmp_path, mixed, steps=STEPS)
-    said = "stopped after step {}, which is saved; the same command goes on from there"
+    said = "stopped after step {}, which is saved; the same command, without --overwrite, goes on from there"
     assert train(again, num_ranks=2, stop_in=2) == [said.format(2)] * 2
     # Step 3 is one to validate after: that is made up for, by two ranks.
     assert train(again, stop_in=3) == [said.format(3)]
@@ -63,12 +65,29 @@ def test_an_export_that_was_killed_is_made_again(
 ) -> None:
     short = recipe(tmp_path, mixed, steps=1)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("omniprep.train.phase.save_thinker", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("omniprep.train.phase.write_thinker", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         thinker.train(short)
     (result,) = thinker.train(short)
     assert (result["steps"], column(tmp_path, "step")) == (1, [1])
     assert [result["validation"]["loss"]] == column(tmp_path, "loss", kind="validation")
     assert (tmp_path / PHASE / "model" / "config.json").exists()
+
+
+def test_a_disk_that_is_full_when_the_model_is_written_costs_no_step(
+    mixed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "model.safetensors")
+
+    short = recipe(tmp_path, mixed, steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("omniprep.train.phase.write_thinker", full)
+        with pytest.raises(
+            StorageError, match=r"model\.safetensors: No space left on device; mend that and run the same command"
+        ):
+            thinker.train(short)
+    assert [result["steps"] for result in thinker.train(short)] == [1]
+    assert column(tmp_path, "step") == [1]
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def test_sigterm_ends_a_run_after_its_step_and_the_same_command_goes_on(whole: P
     told = (tmp_path / "told.txt").read_text()
     last = steps(tmp_path)[-1]
     assert process.returncode == 143, told
-    assert f"stopped after step {last}, which is saved; the same command goes on from there" in told
+    assert f"stopped after step {last}, which is saved; the same command, without --overwrite, goes on from there" in told
     assert "Traceback" not in told
     done = subprocess.run(command(path), capture_output=True, text=True, check=True)
     assert re.fullmatch(
