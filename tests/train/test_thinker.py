@@ -82,9 +82,7 @@ def test_a_disk_that_is_full_when_the_model_is_written_costs_no_step(
     short = recipe(tmp_path, mixed, steps=1)
     with monkeypatch.context() as patch:
         patch.setattr("omniprep.train.phase.write_thinker", full)
-        with pytest.raises(
-            StorageError, match=r"model\.safetensors: No space left on device; mend that and run"
-        ):
+        with pytest.raises(StorageError, match=r"model\.safetensors: No space left on device; mend that and run"):
             thinker.train(short)
     assert [result["steps"] for result in thinker.train(short)] == [1]
     assert column(tmp_path, "step") == [1]
