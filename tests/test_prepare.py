@@ -422,7 +422,10 @@ def test_a_limit_on_the_command_line_bounds_every_source(tmp_path: Path) -> None
     assert prepare(load_recipe(path, limit=3)).num_rows == 3
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "pipelines").glob("*.yaml")), ids=lambda path: path.stem)
+RECIPES = [path for path in sorted((ROOT / "pipelines").glob("*.yaml")) if not path.stem.startswith("train_")]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_in_pipelines_is_valid(path: Path) -> None:
     loaded = load_recipe(path)
     assert Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))).sha256 == loaded.sha256
